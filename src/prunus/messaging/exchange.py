@@ -1,0 +1,358 @@
+"""The broker with its disk: the core, its task store and a service, behind one commit barrier.
+
+`process` takes the frames that arrived together, lets the core and the service decide, writes what they decided,
+commits **once**, and only then returns what is to be sent. So nothing is said that a power cut could take back (G1),
+and a checkpoint, the acknowledgement of its task and the tasks that it causes are one transaction (G2).
+
+It is crash-only: whatever SQLite refuses raises `BrokerStoppedError`, nothing of that batch is sent, and the caller
+ends its process. A new one starts from the disk, and the clients say again what was not confirmed.
+
+Nothing here knows what the service keeps; the service shares the connection, and leaves transactions to the exchange.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
+
+from prunus.errors import MessagingError, NotDeliveredError, ProtocolError, PrunusError
+from prunus.messaging.broker import BrokerCore, Effect, ForgetSession, SaveSession, Send, Statistics
+from prunus.messaging.messages import (
+    BrokerMessage,
+    Call,
+    CallDone,
+    Hello,
+    HelloNeeded,
+    Peer,
+    Refused,
+    Violation,
+    decode_from_client,
+    encode,
+    outcome_of,
+)
+from prunus.messaging.taskstore import TaskStore
+
+MAX_PROTOCOL_ERRORS = 10
+"""A connection that sent so much nonsense is not listened to any more."""
+MAX_OFFENDERS = 1000
+"""How many connections that sent nonsense are remembered."""
+
+logger = logging.getLogger(__name__)
+Route = TypeVar("Route", bound=Hashable)
+"""What the transport calls a connection."""
+
+
+class NewTask(msgspec.Struct, frozen=True, kw_only=True):
+    """A task that the service wants to exist, in the commit of the request that caused it."""
+
+    queue: str
+    key: str | None = None
+    body: bytes = b""
+    priority: int = 0
+
+
+class NewBroadcast(msgspec.Struct, frozen=True, kw_only=True):
+    """Something to be told to whoever listens, once the commit of the request that made it true is done."""
+
+    sender: str | None
+    subject: str | None
+    body: bytes = b""
+
+
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """What the service made of a request."""
+
+    answer: bytes
+    tasks: tuple[NewTask, ...] = ()
+    broadcasts: tuple[NewBroadcast, ...] = ()
+
+
+class Service(Protocol):
+    """What is kept behind the broker, in the same database."""
+
+    def execute(self, request: bytes, session: str) -> Served:
+        """Answer a request of `session`, inside the open transaction. A `PrunusError` undoes the whole call."""
+        ...
+
+
+class BrokerStoppedError(MessagingError):
+    """The database refused something: nothing was sent, this process must end and start again from the disk."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(f"the broker stops: {reason}; what was confirmed is safe, the rest will be said again")
+
+
+class ExchangeStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts since the start, and what the core has in hand."""
+
+    broker: Statistics
+    frames: int
+    calls: int
+    commits: int
+    protocol_errors: int
+
+
+class Exchange(Generic[Route]):
+    """See the module. One thread; `connection` is in autocommit mode (``isolation_level=None``) and nobody else's."""
+
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        *,
+        service: Service | None = None,
+        now: float = 0.0,
+        failpoint: Callable[[str], None] = lambda name: None,
+        on_session: Callable[[str, Peer | None], None] = lambda session, peer: None,
+    ) -> None:
+        """Read what is on disk and raise the broker epoch (one commit).
+
+        `failpoint` is called with ``before_commit``, ``after_commit`` and (by the server) ``after_send``;
+        `on_session` when a session is known (with its process) or gone (None).
+        """
+        if connection.isolation_level is not None:
+            raise ValueError("open the connection with isolation_level=None: the exchange begins and commits itself")
+        self._connection = connection
+        self._service = service
+        self.failpoint = failpoint
+        self.on_session = on_session
+        self._routes: dict[str, Route] = {}
+        self._sessions: dict[Route, str] = {}
+        self._offences: OrderedDict[Route, int] = OrderedDict()
+        self._sends: list[tuple[Route, bytes]] = []
+        self._news: list[tuple[str, Peer | None]] = []
+        self._written = False
+        self._stopped: BrokerStoppedError | None = None
+        self._encoded: tuple[object, bytes] = None, b""
+        self._made = self._frames = self._calls = self._commits = self._protocol_errors = 0
+        try:
+            self._begin()
+            self._store = TaskStore(connection)
+            self._core = BrokerCore(self._store.next_broker_epoch(), now, self._store.load())
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise BrokerStoppedError(str(error)) from error
+
+    # --- what happens ---
+
+    def process(self, now: float, frames: Iterable[tuple[Route, bytes]]) -> list[tuple[Route, bytes]]:
+        """Deal with frames that arrived together; what to send, all of it durable. Raises `BrokerStoppedError`."""
+
+        def work() -> None:
+            for route, frame in frames:
+                self._take(now, route, frame)
+
+        return self._behind_the_barrier(work)
+
+    def tick(self, now: float) -> list[tuple[Route, bytes]]:
+        """Let time pass (see `due`)."""
+        return self._behind_the_barrier(lambda: self._apply(self._core.tick(now)))
+
+    def expire(self, now: float, sessions: Iterable[str]) -> list[tuple[Route, bytes]]:
+        """These sessions are certainly dead: their processes ended."""
+
+        def work() -> None:
+            for session in sessions:
+                self._apply(self._core.expired(session))
+
+        return self._behind_the_barrier(work)
+
+    def put(self, now: float, tasks: Iterable[NewTask]) -> list[tuple[Route, bytes]]:
+        """Store tasks of the broker's own making, each unless one with its key is pending."""
+        return self._behind_the_barrier(lambda: self._put(tasks))
+
+    def drop_route(self, route: Route) -> None:
+        """A connection is gone. Its session is not: it may come back on another one."""
+        session = self._sessions.pop(route, None)
+        if session is not None:
+            del self._routes[session]
+            self._core.disconnected(session)
+
+    def due(self) -> float:
+        """The `now` at which `tick` must be called, at the latest."""
+        return self._core.due()
+
+    # --- what can be asked ---
+
+    @property
+    def refuse_new(self) -> str | None:
+        """The path of the full disk: `task_send` is refused with `StoreFullError`, everything else goes on."""
+        return self._core.refuse_new
+
+    @refuse_new.setter
+    def refuse_new(self, path: str | None) -> None:
+        self._core.refuse_new = path
+
+    @property
+    def broker_epoch(self) -> int:
+        """How often this database was opened by a broker."""
+        return self._core.broker_epoch
+
+    def sessions(self) -> dict[str, Peer]:
+        """The sessions that are not gone, with their processes; also those from before a restart."""
+        return self._core.sessions()
+
+    def has_task(self, key: str) -> bool:
+        """Whether a task with this key is pending or held."""
+        return self._core.has_task(key)
+
+    def statistics(self) -> ExchangeStatistics:
+        return ExchangeStatistics(
+            broker=self._core.statistics(),
+            frames=self._frames,
+            calls=self._calls,
+            commits=self._commits,
+            protocol_errors=self._protocol_errors,
+        )
+
+    # --- the barrier ---
+
+    def _behind_the_barrier(self, work: Callable[[], None]) -> list[tuple[Route, bytes]]:
+        if self._stopped is not None:
+            raise self._stopped
+        try:
+            work()
+            if self._connection.in_transaction:
+                if self._written:
+                    self.failpoint("before_commit")
+                    self._connection.execute("COMMIT")
+                    self._commits += 1
+                    self.failpoint("after_commit")
+                else:
+                    self._connection.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            self._stopped = BrokerStoppedError(str(error))
+            raise self._stopped from error
+        self._written = False
+        sends, self._sends = self._sends, []
+        news, self._news = self._news, []
+        for session, peer in news:
+            self.on_session(session, peer)
+        return sends
+
+    def _begin(self) -> None:
+        if not self._connection.in_transaction:
+            self._connection.execute("BEGIN IMMEDIATE")
+
+    def _apply(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Send):
+                route = self._routes.get(effect.session)
+                if route is not None:
+                    self._sends.append((route, self._frame(effect.message)))
+                continue
+            self._begin()
+            self._written = True
+            self._store.apply(effect)
+            if isinstance(effect, SaveSession):
+                self._news.append((effect.session, effect.peer))
+            elif isinstance(effect, ForgetSession):
+                self._news.append((effect.session, None))
+                route = self._routes.pop(effect.session, None)
+                if route is not None:
+                    del self._sessions[route]
+
+    def _frame(self, message: BrokerMessage | bytes) -> bytes:
+        """Its bytes; a broadcast is encoded once for all of its receivers."""
+        if isinstance(message, bytes):
+            return message
+        if message is not self._encoded[0]:
+            self._encoded = message, encode(message)
+        return self._encoded[1]
+
+    # --- one frame ---
+
+    def _take(self, now: float, route: Route, frame: bytes) -> None:
+        if self._offences.get(route, 0) >= MAX_PROTOCOL_ERRORS:
+            return
+        self._frames += 1
+        try:
+            message = decode_from_client(frame)
+        except ProtocolError as error:
+            self._offence(route, error)
+            return
+        if isinstance(message, Hello):
+            self._bind(route, message.session)
+        session = self._sessions.get(route)
+        if session is None:
+            self._sends.append((route, self._frame(HelloNeeded())))
+        elif isinstance(message, Call):
+            self._call(now, session, message)
+        else:
+            self._apply(self._core.handle(now, session, message))
+
+    def _bind(self, route: Route, session: str) -> None:
+        """From now on this session speaks on this route."""
+        before = self._sessions.get(route)
+        if before == session:
+            return
+        if before is not None:
+            self.drop_route(route)
+        if (old := self._routes.get(session)) is not None:
+            del self._sessions[old]
+        self._routes[session], self._sessions[route] = route, session
+
+    def _offence(self, route: Route, error: ProtocolError) -> None:
+        self._protocol_errors += 1
+        self._offences[route] = self._offences.get(route, 0) + 1
+        if self._offences[route] == MAX_PROTOCOL_ERRORS:
+            logger.warning("a connection sends nonsense; it is not listened to any more", extra={"reason": str(error)})
+        while len(self._offences) > MAX_OFFENDERS:
+            self._offences.popitem(last=False)
+        self._sends.append((route, self._frame(Violation(reason=str(error)))))
+
+    # --- calls ---
+
+    def _call(self, now: float, session: str, call: Call) -> None:
+        """All requests, then the acknowledgements (so that they free their keys), then the new tasks; or nothing."""
+        if not self._core.heard(now, session):
+            self._apply([Send(session, HelloNeeded())])
+            return
+        if (said := self._core.known_answer(session, call.id)) is not None:
+            self._apply([said])
+            return
+        self._calls += 1
+        self._begin()
+        self._connection.execute("SAVEPOINT call")
+        changes = self._connection.total_changes
+        try:
+            served = [self._execute(request, session) for request in call.requests]
+            frame = encode(CallDone(id=call.id, answers=tuple(one.answer for one in served)))
+        except sqlite3.Error:
+            raise
+        except Exception as error:  # the service's error is an answer to its caller, whatever it is
+            if not isinstance(error, PrunusError):
+                logger.exception("the service failed; the call was undone and its caller is told")
+            self._connection.execute("ROLLBACK TO call")
+            self._connection.execute("RELEASE call")
+            self._apply([Send(session, Refused(id=call.id, failure=outcome_of(error)))])
+            return
+        self._connection.execute("RELEASE call")
+        tasks = [task for one in served for task in one.tasks]
+        if self._connection.total_changes == changes and not call.acks and not tasks:
+            self._apply([Send(session, frame)])  # nothing was changed: asking again is harmless
+            return
+        self._written = True
+        for task_id, epoch in call.acks:
+            self._apply(self._core.settle(session, task_id, epoch))
+        self._put(tasks)
+        self._apply(self._core.answer(session, call.id, frame))
+        for one in served:
+            for news in one.broadcasts:
+                self._apply(self._core.broadcast(news.body, news.sender, news.subject))
+
+    def _execute(self, request: bytes, session: str) -> Served:
+        if self._service is None:
+            raise NotDeliveredError("the service: this broker has none")
+        return self._service.execute(request, session)
+
+    def _put(self, tasks: Iterable[NewTask]) -> None:
+        for task in tasks:
+            self._made += 1
+            task_id = f"{self._core.broker_epoch:x}-{self._made:x}"
+            self._apply(self._core.put(task_id, task.queue, task.key, task.body, task.priority))

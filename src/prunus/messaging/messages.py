@@ -1,0 +1,400 @@
+"""What clients and the broker say to each other: two closed unions of frozen messages, and their bytes.
+
+A message is one frame: `MAGIC`, the protocol version, then the fields in msgpack. Bodies are opaque. Nothing in a
+message has authority by itself: who speaks is decided by the session that said `Hello` on that connection.
+
+Rules
+- Bytes that are no message raise `ProtocolError` and nothing else; the decoder never imports or calls anything.
+- A frame over `MAX_FRAME_BYTES` is refused (`MessageTooLargeError`) before it is sent.
+- Each request carries an `id` that its client chose, rising by one. Saying a request again (after a reconnection) is
+  harmless: the broker answers as it did the first time.
+- Fields are only ever added at the end and with a default; anything else raises `PROTOCOL`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from prunus.errors import Failure, MessageTooLargeError, ProtocolError
+from prunus.messaging.communicator import DEFAULT_QUEUE, MAX_BODY_BYTES
+
+PROTOCOL = 1
+"""The version of the language; both sides must speak the same one."""
+MAGIC = 0xB5
+"""The first byte of each frame."""
+MAX_FRAME_BYTES = MAX_BODY_BYTES + 1024 * 1024
+"""A frame may be this much larger than the largest body: names, ids, lists of held tasks."""
+FORWARD_BYTES = 64 * 1024
+"""What the broker passes on may be this much larger than what it got: it says who asked."""
+MAX_NAME_CHARS = 1024
+"""The longest session, queue, key, identifier, sender or subject."""
+MAX_PRIORITY = 9
+
+Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
+Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+SessionName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.:-]{1,200}\Z")]
+Priority = Annotated[int, msgspec.Meta(ge=0, le=MAX_PRIORITY)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+Outcome = bytes | Failure | None
+"""What a handler made of a message: a result, an error, or nothing to say."""
+
+
+class Peer(msgspec.Struct, frozen=True, array_like=True):
+    """Which operating system process a session lives in, so that its death can be proved.
+
+    `host` names the boot and the PID namespace (empty: unknown, nothing can be proved), `started` the start time of
+    `pid` in clock ticks, which tells a process from a later one with the same number.
+    """
+
+    host: Name = ""
+    pid: Number = 0
+    started: Number = 0
+
+
+class _FromClient(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    pass
+
+
+class _FromBroker(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    pass
+
+
+# --- client -> broker -------------------------------------------------------------------------------
+
+
+class Hello(_FromClient, frozen=True, tag=1):
+    """The first message of a connection: who I am, and all that should be true of me. Said again it changes nothing.
+
+    Tasks that the broker thinks I hold and that are not in `held` never reached me: they are queued again.
+    """
+
+    session: SessionName
+    peer: Peer
+    held: tuple[tuple[Name, Number], ...] = ()
+    """(task, epoch) of each task in hand."""
+    awaited: tuple[Name, ...] = ()
+    """Tasks whose result I wait for."""
+    queues: tuple[tuple[Name, Number], ...] = ()
+    """(queue, credit)"""
+    identifiers: tuple[tuple[Name, Number], ...] = ()
+    """(identifier, the broker epoch under which it was first mine, or 0)"""
+    patterns: tuple[tuple[Number, Name | None, Name | None], ...] = ()
+    """(subscription, sender, subject) of each broadcast subscription."""
+    seen: Number = 0
+    """All my requests below this id are answered."""
+    expected: tuple[Name, ...] = ()
+    """Tasks that I may have sent and whose result I shall wait for; I shall send them again."""
+
+
+class Heartbeat(_FromClient, frozen=True, tag=2):
+    """I live; answered by `Alive`."""
+
+    seen: Number = 0
+
+
+class Goodbye(_FromClient, frozen=True, tag=3):
+    """I leave for good: give my tasks to others and forget me."""
+
+    id: Number
+
+
+class TaskSend(_FromClient, frozen=True, tag=4):
+    """Store a task; answered by `TaskStored` when it is durable."""
+
+    id: Number
+    task: Name
+    body: bytes
+    queue: Name = DEFAULT_QUEUE
+    key: Name | None = None
+    priority: Priority = 0
+    want_result: bool = False
+
+
+class TaskSubscribe(_FromClient, frozen=True, tag=5):
+    """Let me hold up to `credit` tasks of `queue` (0: take nothing new)."""
+
+    id: Number
+    queue: Name
+    credit: Number
+
+
+class TaskUnsubscribe(_FromClient, frozen=True, tag=6):
+    id: Number
+    queue: Name
+
+
+class TaskAck(_FromClient, frozen=True, tag=7):
+    """The task that I hold under `epoch` is done with."""
+
+    id: Number
+    task: Name
+    epoch: Number
+    outcome: Outcome = None
+
+
+class TaskNack(_FromClient, frozen=True, tag=8):
+    """I don't want the task that I hold under `epoch`: offer it again, a little later."""
+
+    id: Number
+    task: Name
+    epoch: Number
+
+
+class ResultSeen(_FromClient, frozen=True, tag=9):
+    """I have the result of this task; forget it."""
+
+    task: Name
+
+
+class RpcSubscribe(_FromClient, frozen=True, tag=10):
+    id: Number
+    identifier: Name
+
+
+class RpcUnsubscribe(_FromClient, frozen=True, tag=11):
+    id: Number
+    identifier: Name
+
+
+class RpcRequest(_FromClient, frozen=True, tag=12):
+    """A question; answered by `RpcDone` or `Refused`."""
+
+    id: Number
+    recipient: Name
+    body: bytes
+    timeout_s: Seconds
+    since: Number = 0
+    """The broker epoch under which it was first said."""
+
+
+class RpcAnswer(_FromClient, frozen=True, tag=13):
+    """My answer to question `id` of `caller`."""
+
+    caller: Name
+    id: Number
+    outcome: Outcome
+
+
+class BroadcastSubscribe(_FromClient, frozen=True, tag=14):
+    id: Number
+    subscription: Number
+    sender: Name | None = None
+    subject: Name | None = None
+
+
+class BroadcastUnsubscribe(_FromClient, frozen=True, tag=15):
+    id: Number
+    subscription: Number
+
+
+class BroadcastSend(_FromClient, frozen=True, tag=16):
+    id: Number
+    body: bytes
+    sender: Name | None = None
+    subject: Name | None = None
+
+
+class Call(_FromClient, frozen=True, tag=17):
+    """Requests to the service and acknowledgements, as one transaction; answered by `CallDone`."""
+
+    id: Number
+    requests: tuple[bytes, ...]
+    acks: tuple[tuple[Name, Number], ...] = ()
+
+
+ClientMessage = (
+    Hello
+    | Heartbeat
+    | Goodbye
+    | TaskSend
+    | TaskSubscribe
+    | TaskUnsubscribe
+    | TaskAck
+    | TaskNack
+    | ResultSeen
+    | RpcSubscribe
+    | RpcUnsubscribe
+    | RpcRequest
+    | RpcAnswer
+    | BroadcastSubscribe
+    | BroadcastUnsubscribe
+    | BroadcastSend
+    | Call
+)
+Request = (
+    Goodbye
+    | TaskSend
+    | TaskSubscribe
+    | TaskUnsubscribe
+    | TaskAck
+    | TaskNack
+    | RpcSubscribe
+    | RpcUnsubscribe
+    | RpcRequest
+    | BroadcastSubscribe
+    | BroadcastUnsubscribe
+    | BroadcastSend
+    | Call
+)
+"""The messages with an `id`, which are said again until they are answered."""
+
+
+# --- broker -> client -------------------------------------------------------------------------------
+
+
+class Welcome(_FromBroker, frozen=True, tag=1):
+    """You are known. `lost` are tasks that you no longer hold, `taken` identifiers that are somebody else's now."""
+
+    broker_epoch: Number
+    lost: tuple[Name, ...] = ()
+    taken: tuple[Name, ...] = ()
+
+
+class HelloNeeded(_FromBroker, frozen=True, tag=2):
+    """I don't know this connection: say `Hello`."""
+
+
+class Alive(_FromBroker, frozen=True, tag=3):
+    """The answer to a heartbeat."""
+
+
+class Done(_FromBroker, frozen=True, tag=4):
+    """The request is done. `stale`: it was about a task that you do not hold, and changed nothing."""
+
+    id: Number
+    stale: bool = False
+
+
+class Refused(_FromBroker, frozen=True, tag=5):
+    """The request was not done, or (`IndeterminateError`) nobody knows."""
+
+    id: Number
+    failure: Failure
+
+
+class TaskStored(_FromBroker, frozen=True, tag=6):
+    id: Number
+    task: Name
+    stored: bool
+    """False: `task` is a pending one with the same key."""
+
+
+class CallDone(_FromBroker, frozen=True, tag=7):
+    id: Number
+    answers: tuple[bytes, ...]
+
+
+class RpcDone(_FromBroker, frozen=True, tag=8):
+    id: Number
+    outcome: Outcome
+
+
+class TaskDelivery(_FromBroker, frozen=True, tag=9):
+    """You hold this task now, under `epoch`."""
+
+    task: Name
+    queue: Name
+    key: Name | None
+    body: bytes
+    epoch: Number
+    attempt: Number
+
+
+class TaskResult(_FromBroker, frozen=True, tag=10):
+    """What became of a task whose result you wait for; say `ResultSeen`."""
+
+    task: Name
+    outcome: Outcome
+
+
+class RpcDelivery(_FromBroker, frozen=True, tag=11):
+    """A question to `identifier`, named by its caller and the caller's id. May be said again; then so is its answer."""
+
+    caller: Name
+    id: Number
+    identifier: Name
+    body: bytes
+
+
+class BroadcastDelivery(_FromBroker, frozen=True, tag=12):
+    body: bytes
+    sender: Name | None
+    subject: Name | None
+
+
+class Violation(_FromBroker, frozen=True, tag=13):
+    """You sent something that is no message of ours, or that was out of place; it changed nothing."""
+
+    reason: str
+
+
+BrokerMessage = (
+    Welcome
+    | HelloNeeded
+    | Alive
+    | Done
+    | Refused
+    | TaskStored
+    | CallDone
+    | RpcDone
+    | TaskDelivery
+    | TaskResult
+    | RpcDelivery
+    | BroadcastDelivery
+    | Violation
+)
+
+# --- bytes ------------------------------------------------------------------------------------------
+
+
+def encode(message: ClientMessage | BrokerMessage) -> bytes:
+    """The frame of a message. Raises `MessageTooLargeError`."""
+    buffer = bytearray(_HEADER)
+    _encoder.encode_into(message, buffer, len(_HEADER))
+    limit = MAX_FRAME_BYTES if isinstance(message, _FromClient) else MAX_FRAME_BYTES + FORWARD_BYTES
+    if len(buffer) > limit:
+        raise MessageTooLargeError(len(buffer), limit)
+    return bytes(buffer)
+
+
+def decode_from_client(frame: bytes) -> ClientMessage:
+    """The message in a frame that a client sent. Raises `ProtocolError` and nothing else."""
+    return _decode(_from_client, frame, MAX_FRAME_BYTES)
+
+
+def decode_from_broker(frame: bytes) -> BrokerMessage:
+    """The message in a frame that the broker sent. Raises `ProtocolError` and nothing else."""
+    return _decode(_from_broker, frame, MAX_FRAME_BYTES + FORWARD_BYTES)
+
+
+def outcome_of(error: BaseException) -> Failure:
+    """`error` as data that certainly fits into a message: facts that have no form there are left out."""
+    failure = Failure.of(error)
+    try:
+        return failure if len(_encoder.encode(failure)) < MAX_FRAME_BYTES // 4 else Failure(failure.type, "(too large)")
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return Failure(failure.type, failure.message, failure.traceback)
+
+
+_HEADER = bytes((MAGIC, PROTOCOL))
+_M = TypeVar("_M")
+_encoder = msgspec.msgpack.Encoder()
+_from_client: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
+_from_broker: msgspec.msgpack.Decoder[BrokerMessage] = msgspec.msgpack.Decoder(BrokerMessage)
+_DECODER_ERRORS = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError)
+"""What hostile bytes make the decoder raise: bad fields, bad UTF-8, unhashable keys, huge numbers, deep nesting."""
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_M], frame: bytes, limit: int) -> _M:
+    if len(frame) > limit:
+        raise ProtocolError(f"a frame of {len(frame):,} bytes is over the limit of {limit:,}")
+    if frame[:2] != _HEADER:
+        if frame[:1] == _HEADER[:1] and len(frame) > 1:
+            raise ProtocolError(f"the other side speaks protocol {frame[1]}, this one {PROTOCOL}; use the same Prunus")
+        raise ProtocolError("these bytes are no message of Prunus")
+    try:
+        return decoder.decode(memoryview(frame)[2:])
+    except _DECODER_ERRORS as error:
+        raise ProtocolError(f"this message can't be read: {error}") from None

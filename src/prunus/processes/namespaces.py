@@ -1,0 +1,95 @@
+"""Nested values by attribute and by item: the shape of inputs, outputs and the context.
+
+A name that the class needs for itself (``items``, ``values`` ...) can't be used as an attribute: the context refuses it
+when it is set, a spec when a port is defined with it (`RESERVED`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+RESERVED = frozenset({"get", "items", "keys", "values"})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FrozenNamespace(Mapping[str, Any]):
+    """A mapping that never changes, whose items are attributes too.
+
+    `about` begins the message of the error for a missing name: ``<about> has no 'x'; there are: a, b``. (It is a
+    dataclass so that a checkpoint can hold it wherever a user puts it.)
+    """
+
+    _items: dict[str, Any]
+    _about: str = "this namespace"
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self._items[name]
+        except KeyError:
+            raise KeyError(self._lacks(name)) from None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # also while a copy of it is being built
+            raise AttributeError(name)
+        try:
+            return self._items[name]
+        except KeyError:
+            raise AttributeError(self._lacks(name)) from None
+
+    def _lacks(self, name: str) -> str:
+        return f"{self._about} has no {name!r}; there are: {', '.join(self._items) or 'none'}"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __dir__(self) -> Iterable[str]:
+        return [*super().__dir__(), *self._items]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._items!r})"
+
+
+class AttributeDict(dict[str, Any]):
+    """A dictionary whose items are attributes too."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"there is no {name!r} here; there are: {', '.join(self) or 'none'}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(dict, name):
+            raise AttributeError(f"{name!r} is a method here; use another name, or [{name!r}]")
+        self[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        try:
+            del self[name]
+        except KeyError:
+            raise AttributeError(f"there is no {name!r} here") from None
+
+    def __dir__(self) -> Iterable[str]:
+        return [*super().__dir__(), *self]
+
+    def copy(self) -> AttributeDict:
+        return AttributeDict(self)
+
+
+def freeze(values: Mapping[str, Any], about: str) -> FrozenNamespace:
+    """`values` and all dictionaries in it, frozen."""
+    return FrozenNamespace(
+        {name: freeze(value, about) if isinstance(value, dict) else value for name, value in values.items()}, about
+    )
+
+
+def thaw(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The opposite of `freeze`: plain dictionaries all the way down."""
+    return {name: thaw(value) if isinstance(value, FrozenNamespace) else value for name, value in values.items()}

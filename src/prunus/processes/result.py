@@ -1,0 +1,82 @@
+"""What a terminated process leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from prunus.errors import Failure, ProcessExceptedError, ProcessKilledError
+from prunus.processes.namespaces import FrozenNamespace, freeze, thaw
+from prunus.processes.states import ProcessState
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessResult:
+    """The end of a process, as its parent, its launcher and its history see it.
+
+    `outputs` may be read by attribute and by item, nested namespaces too. What is missing there raises an error that
+    says why: the process may have excepted before it made that output.
+    """
+
+    pid: str
+    state: ProcessState
+    outputs: Any = None
+    """A `FrozenNamespace`; any mapping becomes one."""
+    exit_status: int | None = None
+    """0 is a success; None if the process did not finish."""
+    exit_message: str | None = None
+    """With a process that was killed: why."""
+    failure: Failure | None = None
+    value: Any = None
+    """What the last step returned, or the `result` of its `Stop`."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.outputs, FrozenNamespace):
+            object.__setattr__(self, "outputs", freeze(self.outputs or {}, f"{self} and"))
+
+    @property
+    def successful(self) -> bool:
+        """Whether it finished with exit status 0."""
+        return self.state is ProcessState.FINISHED and self.exit_status == 0
+
+    def raise_for_state(self) -> ProcessResult:
+        """Itself if the process finished; raises `ProcessExceptedError` or `ProcessKilledError` otherwise."""
+        if self.state is ProcessState.KILLED:
+            raise ProcessKilledError(self.pid, self.exit_message)
+        if self.state is ProcessState.EXCEPTED:
+            raise ProcessExceptedError(self.pid, self.failure or Failure(type="unknown", message=""))
+        return self
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain dictionaries, texts and numbers, and the user's own values in `outputs` and `value`."""
+        return {
+            "pid": self.pid,
+            "state": self.state.value,
+            "outputs": thaw(self.outputs),
+            "exit_status": self.exit_status,
+            "exit_message": self.exit_message,
+            "failure": None if self.failure is None else msgspec.to_builtins(self.failure),
+            "value": self.value,
+        }
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> ProcessResult:
+        """The result that `to_data` has described."""
+        failure = data.get("failure")
+        return cls(
+            pid=data["pid"],
+            state=ProcessState(data["state"]),
+            outputs=data["outputs"],
+            exit_status=data.get("exit_status"),
+            exit_message=data.get("exit_message"),
+            failure=None if failure is None else msgspec.convert(failure, Failure),
+            value=data.get("value"),
+        )
+
+    def __str__(self) -> str:
+        why = f" ({self.failure})" if self.failure else f" ({self.exit_message})" if self.exit_message else ""
+        status = f" with exit status {self.exit_status}" if self.exit_status else ""
+        return f"process {self.pid} is {self.state.value.upper()}{status}{why}"

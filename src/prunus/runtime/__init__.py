@@ -1,0 +1,1 @@
+"""Where processes, checkpoints and messages meet: runner, launcher, worker, controller, broker process, daemon, CLI."""

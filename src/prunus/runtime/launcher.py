@@ -1,0 +1,147 @@
+"""From a task that says "look at this process" to a runner for it: the same code for a first launch and a recovery.
+
+A process that can't be continued (its class is gone, its checkpoint is damaged or newer than this Prunus) is
+set aside with the reason: it is neither lost nor tried again and again. `prunus doctor` lists it, `prunus retry`
+continues it once the cause is mended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+
+from prunus.errors import (
+    CheckpointNotFoundError,
+    PersistenceError,
+    ProcessClassNotFoundError,
+    ProtocolError,
+    ShuttingDownError,
+    SpecError,
+    StaleOwnerError,
+    TaskRejectedError,
+)
+from prunus.messaging.communicator import Broadcast, IncomingTask
+from prunus.persistence import requests
+from prunus.persistence.checkpoint import decode_checkpoint, encode_data, type_loader
+from prunus.persistence.persister import Claim, Event, Letter, Save
+from prunus.processes import Process, ProcessResult, ProcessState
+from prunus.processes.control import Kill, decode_message
+from prunus.processes.loading import load_class
+from prunus.runtime.backend import Backend
+from prunus.runtime.runner import Runner
+
+logger = logging.getLogger(__name__)
+
+
+class Launcher:
+    """The task handler of a worker."""
+
+    def __init__(self, backend: Backend, *, modules: Sequence[str] = ("*",)) -> None:
+        self._backend = backend
+        self._modules = tuple(modules)
+        self._load_type = type_loader(modules)
+        self._stopping = False
+        self.runners: dict[str, Runner] = {}
+        """The processes that this worker holds now, by pid."""
+
+    def stop(self) -> None:
+        """Start nothing new; every process in hand is given back at its next safe point."""
+        self._stopping = True
+        for runner in self.runners.values():
+            runner.stop()
+
+    async def nudged(self, nudge: Broadcast) -> None:
+        """The broker says that there is a letter for a process that this worker holds."""
+        runner = self.runners.get(nudge.sender or "")
+        if runner is not None:
+            await runner.read_letters()
+
+    async def read_all_letters(self) -> None:
+        """Nudges may have been missed: look for every process in hand."""
+        for runner in list(self.runners.values()):
+            await runner.read_letters()
+
+    async def handle(self, task: IncomingTask) -> None:
+        """Look at the process that `task` is about, and drive it as far as it goes."""
+        pid = task.key
+        if pid is None:
+            raise ProtocolError("a task for a worker names its process as the key")
+        if self._stopping:
+            raise TaskRejectedError(str(ShuttingDownError("worker")))
+        backend = self._backend
+        try:
+            claim = await backend.persister.claim(pid, backend.communicator.session, at=time.time())
+        except CheckpointNotFoundError:
+            logger.info("process %s was deleted before it was run", pid)
+            return
+        if claim.record.is_terminal:
+            return
+        try:
+            process = self._load(claim)
+        except _CANT_CONTINUE as error:
+            await self._set_aside(claim, task, str(error))
+            return
+        await self._drive(Runner(process, claim, task, backend))
+
+    async def _drive(self, runner: Runner) -> None:
+        pid = runner.process.pid
+        self.runners[pid] = runner
+        try:
+            if self._stopping:
+                runner.stop()
+            await runner.run()
+        finally:
+            # The next task for this process may have been here before we are done.
+            if self.runners.get(pid) is runner:
+                del self.runners[pid]
+
+    def _load(self, claim: Claim) -> Process:
+        data = claim.record.checkpoint
+        if data is None:
+            raise PersistenceError(f"process {claim.record.pid} has no checkpoint")
+        checkpoint = decode_checkpoint(data)
+        process_class = load_class(checkpoint.class_id, self._modules)
+        return process_class.restore(checkpoint.snapshot(self._load_type))
+
+    async def _set_aside(self, claim: Claim, task: IncomingTask, reason: str) -> None:
+        """Keep what can't be continued; but a kill does not need its code."""
+        pid = claim.record.pid
+        kill = _find_kill(claim)
+        try:
+            if kill is None:
+                logger.warning("process %s is set aside: %s; once that is mended, `prunus retry` goes on", pid, reason)
+                await self._backend.settle(requests.SetAsideRequest(pid, claim.epoch, reason), task)
+            else:
+                letter, message = kill
+                event = Event(subject=f"{claim.record.state}.killed", at=time.time(), note=message)
+                result = ProcessResult(pid=pid, state=ProcessState.KILLED, outputs={}, exit_message=message)
+                save = Save(
+                    pid=pid,
+                    epoch=claim.epoch,
+                    state=ProcessState.KILLED.value,
+                    result=encode_data(result.to_data()),
+                    events=(event,),
+                    inbox_done=letter.seq,
+                    release=True,
+                )
+                await self._backend.settle(requests.SaveRequest(save), task)
+        except StaleOwnerError:
+            logger.warning("another worker claimed process %s; this one leaves it alone", pid)
+
+
+def _find_kill(claim: Claim) -> tuple[Letter, str | None] | None:
+    """The letter that asks for the end of the process, and what it says."""
+    for letter in claim.inbox:
+        with contextlib.suppress(ProtocolError):  # a letter that nobody can read asks for nothing
+            match decode_message(letter.body):
+                case Kill(message=message):
+                    return letter, message
+                case _:
+                    pass
+    return None
+
+
+_CANT_CONTINUE = (ProcessClassNotFoundError, PersistenceError, SpecError)
+"""Why a checkpoint can't be continued: its class, its bytes, or a class that has lost the step that is next."""

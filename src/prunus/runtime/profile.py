@@ -1,0 +1,294 @@
+"""A profile: the folder in which one daemon keeps everything it has.
+
+::
+
+    config.yaml     settings, made by `prunus init`, edited by people
+    prunus.db       the database; only the broker opens it
+    run/            locks, the daemon's wish (daemon.json), the socket
+    logs/           a file for each service
+
+Only its owner may enter the folder (0700). `Profile.find` says which profile is meant; a folder is a profile if
+it holds a ``config.yaml``. The endpoint of the broker is the same for everybody and after every restart: where
+the path of the folder is too long for a Unix socket, the first who asks writes the substitute down in ``run/``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import msgspec
+
+from prunus.errors import ProfileError
+
+FOLDER_NAME = ".prunus"
+"""The profile of a project's folder."""
+DEFAULT_NAME = "default"
+"""The user's own profile that is taken if there is no other."""
+ENVIRONMENT_VARIABLE = "PRUNUS_PROFILE"
+"""A name or a path: the profile that is taken if none is named."""
+MAX_SOCKET_PATH_BYTES = 100
+"""Linux allows 107 bytes for a Unix socket, macOS 103."""
+MAX_CONFIG_BYTES = 1024 * 1024
+"""A larger config.yaml is not read."""
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The settings of a profile. The descriptions are the comments of the generated file."""
+
+    workers: Annotated[int, msgspec.Meta(ge=0, le=1024, description="how many workers the daemon starts")] = 2
+    slots: Annotated[int, msgspec.Meta(ge=1, le=100_000, description="how many processes one worker runs at once")] = 16
+    grace_s: Annotated[
+        float, msgspec.Meta(ge=0, le=86_400, description="seconds that running steps get to end when a worker stops")
+    ] = 10.0
+    import_from: Annotated[
+        list[str], msgspec.Meta(description="folders that workers import classes from, relative to this one")
+    ] = msgspec.field(default_factory=lambda: [".."])
+    modules: Annotated[
+        list[str], msgspec.Meta(description="patterns of the modules that process classes may come from")
+    ] = msgspec.field(default_factory=lambda: ["*"])
+
+    @classmethod
+    def read(cls, file: Path) -> Config:
+        """What the file says; `ProfileError` that names the file, the key and what was expected."""
+        import yaml
+
+        try:
+            if file.stat().st_size > MAX_CONFIG_BYTES:
+                raise ProfileError(f"{file} is larger than {MAX_CONFIG_BYTES:,} bytes: is it the right file?")
+            found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ProfileError(f"{file} can't be read: {error.strerror}") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            where = getattr(error, "problem_mark", None)
+            line = f" at line {where.line + 1}" if where else ""
+            reason = getattr(error, "problem", None) or str(error)
+            raise ProfileError(f"{file} is not valid YAML{line}: {reason}") from error
+        return cls.from_mapping({} if found is None else found, str(file))
+
+    @classmethod
+    def from_mapping(cls, found: object, source: str) -> Config:
+        """Check plain data; `source` is named in the `ProfileError`, which tells every problem at once."""
+        if not isinstance(found, Mapping):
+            raise ProfileError(f"{source}: expected lines of the form 'key: value', found {_shown(found)}")
+        fields = {field.name: field for field in msgspec.structs.fields(cls)}
+        problems, values = [], {}
+        for key, value in found.items():
+            if key not in fields:
+                problems.append(f"{key}: there is no such setting (there are {', '.join(fields)})")
+                continue
+            try:
+                values[key] = msgspec.convert(value, fields[key].type)
+            except msgspec.ValidationError as error:
+                problems.append(f"{key}: {_expectation(error)}; it is {_shown(value)}")
+        if problems:
+            raise ProfileError(f"{source}: " + "".join(f"\n  {line}" for line in problems).lstrip())
+        return cls(**values)
+
+    def to_text(self) -> str:
+        """The same as a file with a comment for every line."""
+        lines = ["# A Prunus profile. `prunus daemon restart` makes changes take effect.", ""]
+        for field in msgspec.structs.fields(type(self)):
+            description = get_args(field.type)[1].description
+            lines += [f"# {field.name}: {description}", f"{field.name}: {json.dumps(getattr(self, field.name))}"]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One profile that exists. `path` is its real path, `config` what its file says."""
+
+    path: Path
+    config: Config
+
+    @classmethod
+    def find(cls, name: str | os.PathLike[str] | None = None, start: Path | None = None) -> Profile:
+        """The profile of this name or path, or the one that is meant here.
+
+        A `name` with a slash is a path, any other the user's own profile. Without a name: what ``PRUNUS_PROFILE``
+        says, else ``.prunus`` in the folder `start` (the current one) or its nearest parent that has one, else the
+        user's profile "default". Raises `ProfileError`.
+        """
+        if name is None:
+            name = os.environ.get(ENVIRONMENT_VARIABLE) or None
+        if name is not None:
+            path = cls.path_of(name)
+            if not path.is_dir():
+                option = f" --profile {os.fspath(name)}"
+                raise ProfileError(f"there is no profile {path}; `prunus init{option}` makes one")
+            return cls.load(path)
+        here = (start or Path.cwd()).resolve()
+        for folder in (here, *here.parents):
+            if (folder / FOLDER_NAME).is_dir():
+                return cls.load(folder / FOLDER_NAME)
+        if (path := user_profiles() / DEFAULT_NAME).is_dir():
+            return cls.load(path)
+        raise ProfileError(f"there is no profile in {here} or above it; `prunus init` makes one")
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """The profile that is this folder; `ProfileError` if it is none, or if others could have written it."""
+        path = path.resolve()
+        file = path / "config.yaml"
+        if not file.is_file():
+            raise ProfileError(f"{path} is not a profile: it has no config.yaml (`prunus init` makes a profile)")
+        status = path.stat()
+        if os.getuid() not in (0, status.st_uid):
+            raise ProfileError(f"the profile {path} belongs to another user; use your own (`prunus init`)")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ProfileError(f"other users may write to the profile {path}; `chmod 700 {path}` closes it")
+        return cls(path, Config.read(file))
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], config: Config | None = None) -> Profile:
+        """Make a new profile; `ProfileError` if there is something already."""
+        folder = Path(path).absolute()
+        if (folder / "config.yaml").exists():
+            raise ProfileError(f"there is a profile already: {folder}")
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ProfileError(f"{folder} exists and is not an empty folder; choose another place for the profile")
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)
+            for name in ("run", "logs"):
+                (folder / name).mkdir(mode=0o700, exist_ok=True)
+            (folder / ".gitignore").write_text("*\n")
+            with (folder / "config.yaml").open("x", encoding="utf-8") as file:
+                file.write((config or Config()).to_text())
+        except FileExistsError as error:
+            raise ProfileError(f"somebody else makes a profile here at this moment: {folder}") from error
+        except OSError as error:
+            raise ProfileError(f"the profile {folder} can't be made: {error.strerror}") from error
+        return cls.load(folder)
+
+    @staticmethod
+    def path_of(name: str | os.PathLike[str]) -> Path:
+        """Where the profile of this name is, whether it exists or not: with a slash (or a leading dot) it is a path,
+        else one of the user's own."""
+        text = os.fspath(name)
+        if "/" in text or text.startswith((".", "~")):
+            return Path(text).expanduser().absolute()
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", text):
+            raise ProfileError(f"{text!r} is not a name for a profile: use letters, digits, '.', '_' and '-'")
+        return user_profiles() / text
+
+    @property
+    def name(self) -> str:
+        """For people: the name of a user's own profile, the path of any other."""
+        return self.path.name if self.path.parent == user_profiles().resolve() else str(self.path)
+
+    @property
+    def database(self) -> Path:
+        return self.path / "prunus.db"
+
+    @property
+    def run_folder(self) -> Path:
+        return self._folder("run")
+
+    @property
+    def log_folder(self) -> Path:
+        return self._folder("logs")
+
+    def lock(self, name: str) -> Path:
+        """The lock file that the service `name` holds for life: "daemon", "broker", "worker-1" ..."""
+        return self.run_folder / f"{_plain(name)}.lock"
+
+    def log(self, name: str) -> Path:
+        """Where the service `name` logs to."""
+        return self.log_folder / f"{_plain(name)}.log"
+
+    @cached_property
+    def endpoint(self) -> str:
+        """The broker's address: ``ipc://`` and a path that is short enough and stable across restarts.
+
+        The folder of the socket exists when this returns, and only this user can write to it.
+        """
+        inside = self.run_folder / "broker.sock"
+        if len(os.fsencode(inside)) <= MAX_SOCKET_PATH_BYTES:
+            return f"ipc://{inside}"
+        return f"ipc://{self._short_socket()}"
+
+    @property
+    def import_folders(self) -> list[Path]:
+        """The folders of `Config.import_from`, absolute."""
+        return [(self.path / Path(folder).expanduser()).resolve() for folder in self.config.import_from]
+
+    def _folder(self, name: str) -> Path:
+        folder = self.path / name
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise ProfileError(f"{folder} can't be made: {error.strerror}") from error
+        return folder
+
+    def _short_socket(self) -> Path:
+        """A socket outside of the profile. The environment may differ between a shell and a cron job, so the first
+        choice is written down and holds for all, as long as its folder can be used."""
+        note = self.run_folder / "socket"
+        name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:24] + ".sock"
+        try:
+            noted = Path(note.read_text(encoding="utf-8").strip())
+            if noted.name == name:  # a copied profile brings the note of the original
+                return private_folder(noted.parent) / name
+        except (OSError, ValueError, ProfileError):
+            pass  # never noted, or its folder is gone for good: choose again
+        own = f"prunus-{os.getuid()}"
+        bases = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
+        candidates = [Path(base) / own for base in bases if base and os.path.isabs(base)]
+        fits = [c for c in candidates if len(os.fsencode(c / name)) <= MAX_SOCKET_PATH_BYTES and c.parent.is_dir()]
+        for folder in fits:
+            try:
+                socket = private_folder(folder) / name
+            except ProfileError:
+                if folder is fits[-1]:
+                    raise
+                continue
+            temporary = note.with_name(f"socket.{os.getpid()}")
+            temporary.write_text(f"{socket}\n", encoding="utf-8")
+            temporary.replace(note)
+            return socket
+        raise ProfileError(f"the path of the profile {self.path} is too long for a socket; use a shorter one")
+
+
+def user_profiles() -> Path:
+    """The folder of the user's own profiles."""
+    data = os.environ.get("XDG_DATA_HOME", "")
+    base = Path(data) if os.path.isabs(data) else Path.home() / ".local" / "share"
+    return base / "prunus" / "profiles"
+
+
+def private_folder(folder: Path) -> Path:
+    """Make `folder` if need be, and check that it is ours alone and no link; else `ProfileError`."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError as error:
+        raise ProfileError(f"the folder {folder} for the socket can't be made: {error.strerror}") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ProfileError(f"{folder} is not a folder that is yours alone (0700); remove it and try again")
+    return folder
+
+
+def _plain(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        raise ValueError(f"{name!r} is not the name of a service")
+    return name
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str) if isinstance(value, list | dict) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _expectation(error: msgspec.ValidationError) -> str:
+    text = str(error).partition(" - at ")[0].replace("`", "")
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,143 @@
+"""A worker: one event loop that holds up to `slots` processes, and a communicator with its own thread.
+
+The order of a stop (SIGTERM, SIGINT or `Worker.stop`), and why:
+
+1. take no new tasks (credit 0): the broker offers them to others at once;
+2. every process in hand is checkpointed and given back when its step ends; connections stay up meanwhile;
+3. after `grace_s` the steps that still run are cancelled and their processes given back as they were checkpointed
+   last: those steps run again elsewhere;
+4. only then the communicator closes.
+
+A worker that is killed does none of this. Its tasks go to others as soon as the broker knows that it is dead, and
+its processes continue from their last checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from prunus.messaging.communicator import Communicator, IncomingTask
+from prunus.runtime.backend import CONTROL_LANE, RUN_LANE, Backend, letter_subject
+from prunus.runtime.launcher import Launcher
+
+CONTROL_SLOTS = 4
+"""How many processes may be activated at the same time just to read their letters."""
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Takes tasks from both lanes until it is stopped."""
+
+    def __init__(
+        self, communicator: Communicator, *, slots: int, grace_s: float, modules: Sequence[str] = ("*",)
+    ) -> None:
+        self._communicator = communicator
+        self._slots = slots
+        self._grace_s = grace_s
+        self._launcher = Launcher(Backend(communicator), modules=modules)
+        self._stop = asyncio.Event()
+        self.ready = asyncio.Event()
+        """Set when the broker knows that this worker takes processes."""
+        self._handling: set[asyncio.Task[None]] = set()
+        self._reading: set[asyncio.Task[None]] = set()
+
+    def stop(self) -> None:
+        """Begin the graceful stop; `run` returns when it is done. Idempotent."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Work until `stop`."""
+        communicator = self._communicator
+        nudges = await communicator.add_broadcast_subscriber(
+            self._launcher.nudged, subject=letter_subject(communicator.session)
+        )
+        forget = communicator.on_reconnect(self._reconnected)
+        lanes = [
+            await communicator.add_task_subscriber(self._handle, queue=RUN_LANE, credit=self._slots),
+            await communicator.add_task_subscriber(self._handle, queue=CONTROL_LANE, credit=CONTROL_SLOTS),
+        ]
+        logger.info("taking processes: %d slots", self._slots)
+        self.ready.set()
+        try:
+            await self._stop.wait()
+        finally:
+            for lane in lanes:
+                await lane.set_credit(0)
+            self._launcher.stop()
+            logger.info("stopping: %d processes are given back as their steps end", len(self._launcher.runners))
+            await self._drain()
+            for lane in lanes:
+                await lane.cancel()
+            forget()
+            await nudges.cancel()
+
+    def _reconnected(self) -> None:
+        reading = asyncio.create_task(self._launcher.read_all_letters())
+        self._reading.add(reading)
+        reading.add_done_callback(self._reading.discard)
+
+    async def _handle(self, task: IncomingTask) -> None:
+        current = asyncio.current_task()
+        assert current is not None, "handlers run in tasks"
+        self._handling.add(current)
+        try:
+            await self._launcher.handle(task)
+        finally:
+            self._handling.discard(current)
+
+    async def _drain(self) -> None:
+        if not self._handling:
+            return
+        _, late = await asyncio.wait(self._handling, timeout=self._grace_s)
+        for task in late:
+            task.cancel()
+        if late:
+            logger.warning(
+                "%d steps did not end within %.1f s: they will run again elsewhere", len(late), self._grace_s
+            )
+            await asyncio.wait(late)
+
+
+async def serve(profile: Path, name: str) -> None:
+    """Run the worker `name` of a profile until SIGTERM or SIGINT."""
+    from prunus.messaging.zeromq import connect_zmq
+    from prunus.runtime.profile import Profile
+
+    where = Profile.load(profile)
+    for folder in reversed(where.import_folders):
+        sys.path.insert(0, str(folder))
+    communicator = await connect_zmq(where.endpoint, name=name)
+    config = where.config
+    worker = Worker(communicator, slots=config.slots, grace_s=config.grace_s, modules=config.modules)
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, worker.stop)
+    try:
+        await worker.run()
+    finally:
+        await communicator.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m prunus.runtime.worker --profile FOLDER --name worker-1``."""
+    from prunus.runtime.locks import ServiceLock
+    from prunus.runtime.profile import Profile
+
+    parser = argparse.ArgumentParser(prog="prunus-worker")
+    parser.add_argument("--profile", type=Path, required=True)
+    parser.add_argument("--name", default="worker-1")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    with ServiceLock(Profile.load(options.profile).lock(options.name)):
+        asyncio.run(serve(options.profile, options.name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,484 @@
+"""What every `Persister` must do, as a test class: inherit from it and give it a `persister`.
+
+::
+
+    class TestMine(PersisterContract):
+        @pytest.fixture
+        async def persister(self):
+            async with MyPersister() as persister:
+                yield persister
+
+The persister must be empty. Needs pytest and pytest-asyncio (``asyncio_mode = "auto"``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from prunus.errors import CheckpointNotFoundError, InvalidStateError, StaleOwnerError
+from prunus.persistence.persister import QUERY_LIMIT, Claim, Event, NewProcess, Persister, Query, Record, Save
+
+
+def new(pid: str = "p", **changes: Any) -> NewProcess:
+    """A new process for a test."""
+    fields: dict[str, Any] = {"class_id": "lab:Work", "checkpoint": b"first", "created_at": 1.0, **changes}
+    return NewProcess(pid=pid, **fields)
+
+
+def save_of(claim: Claim, state: str = "running", **changes: Any) -> Save:
+    """A save under `claim`; a terminal one has a result."""
+    fields: dict[str, Any] = {"checkpoint": b"next", **changes}
+    if state in ("finished", "excepted", "killed"):
+        fields.setdefault("result", state.encode())
+    return Save(pid=claim.record.pid, epoch=claim.epoch, state=state, **fields)
+
+
+class PersisterContract:
+    """The rules of the seam, one test each."""
+
+    @pytest.fixture
+    def persister(self) -> Persister:
+        raise NotImplementedError("give the contract a fixture `persister`")
+
+    async def started(self, persister: Persister, pid: str = "p", **changes: Any) -> Claim:
+        """A new process, claimed by worker ``w``."""
+        await persister.create(new(pid, **changes))
+        return await persister.claim(pid, "w", at=2.0)
+
+    async def ended(self, persister: Persister, pid: str = "p", state: str = "finished", **changes: Any) -> Claim:
+        claim = await self.started(persister, pid, **changes)
+        await persister.save(save_of(claim, state))
+        return claim
+
+    # --- creating and loading -----------------------------------------------------------------------
+
+    async def test_a_created_process_can_be_loaded(self, persister: Persister) -> None:
+        """What `create` got is in the row, and the rest says that nothing has happened yet."""
+        assert await persister.create(new(parent="q", tags=("z", "a"), created_at=1.5)) is True
+        record = await persister.load("p")
+        assert (record.pid, record.class_id, record.checkpoint, record.parent) == ("p", "lab:Work", b"first", "q")
+        assert (record.tags, record.created_at) == (("z", "a"), 1.5)
+        assert (record.state, record.play, record.epoch, record.seq) == ("created", "playing", 0, 0)
+        assert (record.owner, record.result, record.aside, record.waits, record.inbox) == (None, None, None, (), ())
+        assert not record.is_terminal
+
+    async def test_creating_again_changes_nothing(self, persister: Persister) -> None:
+        """A resent launch finds what is there (G6)."""
+        await persister.create(new())
+        assert await persister.create(new(checkpoint=b"other", class_id="lab:Other", tags=("t",))) is False
+        record = await persister.load("p")
+        assert (record.checkpoint, record.class_id, record.tags) == (b"first", "lab:Work", ())
+
+    async def test_who_does_not_exist_is_not_found(self, persister: Persister) -> None:
+        """Every operation on an unknown pid raises `CheckpointNotFoundError` with the pid."""
+        for operation in (
+            persister.load("nobody"),
+            persister.claim("nobody", "w", at=0.0),
+            persister.save(Save(pid="nobody", epoch=1, state="running")),
+            persister.release("nobody", 1),
+            persister.set_aside("nobody", 1, "why"),
+            persister.revive("nobody"),
+            persister.post("nobody", b""),
+            persister.history("nobody"),
+            persister.delete("nobody"),
+        ):
+            with pytest.raises(CheckpointNotFoundError) as caught:
+                await operation
+            assert caught.value.pid == "nobody"
+
+    # --- one writer (G4) ----------------------------------------------------------------------------
+
+    async def test_a_claim_brings_all_that_is_needed_to_go_on(self, persister: Persister) -> None:
+        """The checkpoint, the letters and a positive epoch; the owner is known from then on."""
+        await persister.create(new())
+        await persister.post("p", b"hello")
+        claim = await persister.claim("p", "w", at=2.0)
+        assert claim.epoch > 0
+        assert (claim.record.checkpoint, claim.record.owner, claim.record.epoch) == (b"first", "w", claim.epoch)
+        assert [letter.body for letter in claim.inbox] == [b"hello"]
+        assert (await persister.load("p")).owner == "w"
+
+    async def test_every_claim_raises_the_epoch(self, persister: Persister) -> None:
+        """Also one by the same owner, and also after the process was given back."""
+        claims = [await self.started(persister)]
+        claims.append(await persister.claim("p", "w", at=3.0))
+        await persister.release("p", claims[-1].epoch)
+        claims.append(await persister.claim("p", "v", at=4.0))
+        epochs = [claim.epoch for claim in claims]
+        assert epochs == sorted(set(epochs))
+
+    async def test_an_old_epoch_can_write_nothing(self, persister: Persister) -> None:
+        """Who lost its claim is refused, whatever it wants to write, and changes nothing."""
+        old = await self.started(persister)
+        await persister.claim("p", "v", at=3.0)
+        before = await persister.load("p")
+        for operation in (
+            persister.save(save_of(old, "finished")),
+            persister.save(save_of(old, release=True, children=(new("c"),))),
+            persister.release("p", old.epoch),
+            persister.set_aside("p", old.epoch, "why"),
+        ):
+            with pytest.raises(StaleOwnerError) as caught:
+                await operation
+            assert (caught.value.pid, caught.value.epoch) == ("p", old.epoch)
+        assert await persister.load("p") == before
+        assert [record.pid for record in await persister.query(Query())] == ["p"]
+
+    async def test_an_epoch_that_was_never_given_can_write_nothing(self, persister: Persister) -> None:
+        """Neither a higher one nor, before the first claim, zero."""
+        await persister.create(new())
+        with pytest.raises(StaleOwnerError):
+            await persister.save(Save(pid="p", epoch=0, state="running", checkpoint=b"x"))
+        claim = await persister.claim("p", "w", at=2.0)
+        with pytest.raises(StaleOwnerError):
+            await persister.save(Save(pid="p", epoch=claim.epoch + 1, state="running", checkpoint=b"x"))
+
+    async def test_who_gave_it_back_can_write_no_more(self, persister: Persister) -> None:
+        """After a release the epoch is the newest still, but it has no owner."""
+        claim = await self.started(persister)
+        await persister.save(save_of(claim, release=True))
+        for late in (save_of(claim), save_of(claim, "finished"), save_of(claim, checkpoint=b"late", release=True)):
+            with pytest.raises(StaleOwnerError):
+                await persister.save(late)
+        assert (await persister.load("p")).checkpoint == b"next"
+
+    async def test_the_last_word_may_be_said_again(self, persister: Persister) -> None:
+        """A last save, a release or a setting aside that got no answer is said again: it is answered, and done once."""
+        for pid, save in (("end", {"state": "finished"}), ("back", {"release": True})):
+            claim = await self.started(persister, pid)
+            last = save_of(claim, events=(Event(subject="x.y", at=3.0),), **save)
+            first = await persister.save(last)
+            assert (await persister.save(last)).seq == first.seq
+            assert [event.subject for event in await persister.history(pid)] == ["claimed", "x.y"]
+        claim = await self.started(persister, "released")
+        await persister.release("released", claim.epoch)
+        await persister.release("released", claim.epoch)
+        claim = await self.started(persister, "aside")
+        await persister.set_aside("aside", claim.epoch, "why")
+        await persister.set_aside("aside", claim.epoch, "why")
+        assert len(await persister.history("aside")) == 2
+
+    async def test_one_of_many_claims_at_once_is_the_last(self, persister: Persister) -> None:
+        """Ten claim together: ten epochs, and only the highest can write."""
+        await persister.create(new())
+        claims = await asyncio.gather(*(persister.claim("p", f"w{i}", at=2.0) for i in range(10)))
+        assert len({claim.epoch for claim in claims}) == 10
+        answers = await asyncio.gather(*(persister.save(save_of(claim)) for claim in claims), return_exceptions=True)
+        winners = [claim.epoch for claim, a in zip(claims, answers, strict=True) if not isinstance(a, BaseException)]
+        assert winners == [max(claim.epoch for claim in claims)]
+
+    # --- saving -------------------------------------------------------------------------------------
+
+    async def test_a_save_replaces_what_was_there(self, persister: Persister) -> None:
+        """State, play state, checkpoint, status and step are those of the last save; `seq` counts them."""
+        claim = await self.started(persister)
+        await persister.save(save_of(claim, status="busy", step="one"))
+        saved = await persister.save(save_of(claim, "waiting", play="paused", checkpoint=b"two", step="two"))
+        record = await persister.load("p")
+        assert (record.state, record.play, record.checkpoint) == ("waiting", "paused", b"two")
+        assert (record.status, record.step) == (None, "two")
+        assert record.seq == saved.seq == 2
+        assert record.owner == "w"
+
+    async def test_a_save_without_a_checkpoint_keeps_the_last_good_one(self, persister: Persister) -> None:
+        """That is what an excepted process is retried from."""
+        claim = await self.started(persister)
+        await persister.save(save_of(claim, checkpoint=b"good"))
+        await persister.save(save_of(claim, "excepted", checkpoint=None, result=b"failure"))
+        record = await persister.load("p")
+        assert (record.state, record.checkpoint, record.result) == ("excepted", b"good", b"failure")
+
+    async def test_a_terminal_state_gives_up_the_claim(self, persister: Persister) -> None:
+        """Whether `release` is said or not; the result is kept."""
+        await self.ended(persister)
+        record = await persister.load("p")
+        assert (record.owner, record.result, record.is_terminal) == (None, b"finished", True)
+
+    async def test_a_terminal_process_is_not_claimed(self, persister: Persister) -> None:
+        """Epoch 0 and the record with its result are the answer; nothing changes."""
+        await self.ended(persister)
+        before = await persister.load("p")
+        claim = await persister.claim("p", "late", at=9.0)
+        assert (claim.epoch, claim.record.result, claim.record.owner) == (0, b"finished", None)
+        assert await persister.load("p") == before
+
+    async def test_a_terminal_state_needs_a_result(self, persister: Persister) -> None:
+        """Without one those that wait for it could never go on."""
+        claim = await self.started(persister)
+        with pytest.raises(ValueError, match="result"):
+            await persister.save(save_of(claim, "finished", result=None))
+        assert (await persister.load("p")).owner == "w"
+
+    async def test_a_release_keeps_the_last_checkpoint(self, persister: Persister) -> None:
+        """The process is nobody's, as it was saved last, and anybody may claim it."""
+        claim = await self.started(persister)
+        await persister.save(save_of(claim, checkpoint=b"good"))
+        await persister.release("p", claim.epoch)
+        record = await persister.load("p")
+        assert (record.owner, record.state, record.checkpoint) == (None, "running", b"good")
+        assert (await persister.claim("p", "v", at=3.0)).record.checkpoint == b"good"
+
+    async def test_children_are_born_with_the_save(self, persister: Persister) -> None:
+        """They exist from that commit on, one after the other; a child that exists already is left as it is."""
+        claim = await self.started(persister)
+        await persister.create(new("c1", checkpoint=b"own"))
+        children = (new("c1", parent="p"), new("c2", parent="p"), new("c3", parent="p"))
+        await persister.save(save_of(claim, children=children))
+        assert (await persister.load("c1")).checkpoint == b"own"
+        assert [record.pid for record in await persister.query(Query(parent="p"))] == ["c3", "c2"]
+
+    async def test_a_refused_save_leaves_no_trace(self, persister: Persister) -> None:
+        """All or nothing: not even its children are there."""
+        claim = await self.started(persister)
+        before = await persister.load("p")
+        with pytest.raises(CheckpointNotFoundError):
+            await persister.save(
+                save_of(
+                    claim, "waiting", children=(new("c"),), waits=("nobody",), events=(Event(subject="x.y", at=1.0),)
+                )
+            )
+        assert await persister.load("p") == before
+        assert [event.subject for event in await persister.history("p")] == ["claimed"]
+        with pytest.raises(CheckpointNotFoundError):
+            await persister.load("c")
+
+    # --- waiting ------------------------------------------------------------------------------------
+
+    async def test_waits_shrink_as_their_targets_end(self, persister: Persister) -> None:
+        """What has ended already never counts, and each end takes one away."""
+        await self.ended(persister, "early")
+        claim = await self.started(persister)
+        children = (new("a"), new("b"))
+        waits = ("early", "a", "b")
+        await persister.save(save_of(claim, "waiting", children=children, waits=waits, release=True))
+        assert (await persister.load("p")).waits == ("a", "b")
+        await self.end(persister, "a")
+        assert (await persister.load("p")).waits == ("b",)
+        assert (await persister.query(Query(states=("waiting",))))[0].waits == ("b",)
+
+    async def test_a_claim_brings_the_results_that_were_waited_for(self, persister: Persister) -> None:
+        """By pid, also of one that had ended before the wait was declared, however it ended."""
+        await self.ended(persister, "early", "killed")
+        claim = await self.started(persister)
+        await persister.save(save_of(claim, "waiting", children=(new("a"),), waits=("early", "a"), release=True))
+        assert (await persister.claim("p", "w", at=3.0)).results == {"early": b"killed"}
+        await self.end(persister, "a", "excepted")
+        assert (await persister.claim("p", "w", at=4.0)).results == {"early": b"killed", "a": b"excepted"}
+
+    async def test_results_come_until_the_waiter_goes_on(self, persister: Persister) -> None:
+        """Who claims and dies before its first save has taken nothing away; who runs on has no waits."""
+        claim = await self.started(persister)
+        await persister.save(save_of(claim, "waiting", children=(new("a"),), waits=("a",), release=True))
+        await self.end(persister, "a")
+        for at in (3.0, 4.0):
+            claim = await persister.claim("p", "w", at=at)
+            assert claim.results == {"a": b"finished"}
+        await persister.save(save_of(claim, "running", release=True))
+        assert (await persister.claim("p", "w", at=5.0)).results == {}
+
+    async def end(self, persister: Persister, pid: str, state: str = "finished") -> None:
+        await persister.save(save_of(await persister.claim(pid, "other", at=2.0), state))
+
+    # --- letters ------------------------------------------------------------------------------------
+
+    async def test_letters_stay_until_they_are_dealt_with(self, persister: Persister) -> None:
+        """In their order, numbered from 1, in every answer that a holder gets; claims and saves take none away."""
+        claim = await self.started(persister)
+        assert (await persister.post("p", b"one")).seq == 1
+        assert (await persister.post("p", b"two")).seq == 2
+        saved = await persister.save(save_of(claim))
+        assert [(letter.seq, letter.body) for letter in saved.inbox] == [(1, b"one"), (2, b"two")]
+        saved = await persister.save(save_of(claim, inbox_done=1))
+        assert [letter.body for letter in saved.inbox] == [b"two"]
+        again = await persister.claim("p", "v", at=3.0)
+        assert again.inbox == saved.inbox == (await persister.load("p")).inbox
+        assert (again.record.inbox_done, again.record.inbox_last) == (1, 2)
+        assert (await persister.save(save_of(again, inbox_done=2))).inbox == ()
+        assert (await persister.post("p", b"three")).seq == 3
+
+    async def test_dealing_with_letters_never_goes_back(self, persister: Persister) -> None:
+        """A save that says less than an earlier one, or more than there is, does no harm."""
+        claim = await self.started(persister)
+        await persister.post("p", b"one")
+        await persister.save(save_of(claim, inbox_done=7))
+        await persister.save(save_of(claim, inbox_done=0))
+        await persister.post("p", b"two")
+        assert [letter.body for letter in (await persister.load("p")).inbox] == [b"two"]
+
+    async def test_posting_says_who_holds_the_process(self, persister: Persister) -> None:
+        """So that the holder can be told at once."""
+        await persister.create(new())
+        assert (await persister.post("p", b"1")).owner is None
+        await persister.claim("p", "w", at=2.0)
+        posted = await persister.post("p", b"2")
+        assert (posted.owner, posted.state) == ("w", "created")
+
+    async def test_a_terminal_process_gets_no_letters(self, persister: Persister) -> None:
+        """`seq` 0 and the state are the answer; letters that were in the inbox are answered by the end."""
+        claim = await self.started(persister)
+        await persister.post("p", b"too late")
+        assert (await persister.save(save_of(claim, "finished"))).inbox == ()
+        posted = await persister.post("p", b"later still")
+        assert (posted.seq, posted.state) == (0, "finished")
+        assert (await persister.load("p")).inbox == ()
+
+    async def test_a_save_can_post_letters_to_others(self, persister: Persister) -> None:
+        """In the same commit; who is terminal or unknown gets none, and that is no error."""
+        await persister.create(new("a"))
+        await self.ended(persister, "b")
+        claim = await self.started(persister)
+        await persister.save(save_of(claim, "killed", letters=(("a", b"kill"), ("b", b"kill"), ("nobody", b"kill"))))
+        assert [letter.body for letter in (await persister.load("a")).inbox] == [b"kill"]
+        assert (await persister.load("b")).inbox == ()
+
+    # --- aside, revive, delete ----------------------------------------------------------------------
+
+    async def test_a_process_is_set_aside_with_the_reason(self, persister: Persister) -> None:
+        """It is nobody's, and the history says why; it can be claimed (to be killed)."""
+        claim = await self.started(persister)
+        await persister.set_aside("p", claim.epoch, "no class")
+        record = await persister.load("p")
+        assert (record.owner, record.aside, record.state) == (None, "no class", "created")
+        last = (await persister.history("p"))[-1]
+        assert (last.subject, last.note, last.by) == ("set_aside", "no class", "w")
+        again = await persister.claim("p", "w", at=3.0)
+        assert (again.record.aside, again.record.checkpoint) == ("no class", b"first")
+        await persister.save(save_of(again, "killed", checkpoint=None))
+        assert (await persister.load("p")).aside is None
+
+    async def test_reviving_takes_the_reason_away(self, persister: Persister) -> None:
+        """A process that was set aside goes on where it was."""
+        claim = await self.started(persister)
+        await persister.set_aside("p", claim.epoch, "no class")
+        record = await persister.revive("p")
+        assert (record.aside, record.state) == (None, "created")
+
+    async def test_reviving_continues_an_excepted_process(self, persister: Persister) -> None:
+        """From its last good checkpoint, in the state of that one, without the result."""
+        claim = await self.started(persister)
+        await persister.save(save_of(claim, "running", checkpoint=b"good"))
+        await persister.save(save_of(claim, "excepted", checkpoint=None))
+        record = await persister.revive("p")
+        assert (record.state, record.is_terminal, record.owner) == ("running", False, None)
+        again = await persister.claim("p", "w", at=4.0)
+        assert again.epoch > claim.epoch
+        assert (again.record.checkpoint, again.record.result) == (b"good", None)
+
+    async def test_only_what_failed_can_be_revived(self, persister: Persister) -> None:
+        """Not what runs, has finished or was killed."""
+        await persister.create(new("created"))
+        await self.ended(persister, "finished", "finished")
+        await self.ended(persister, "killed", "killed")
+        for pid in ("created", "finished", "killed"):
+            with pytest.raises(InvalidStateError) as caught:
+                await persister.revive(pid)
+            assert caught.value.state == pid
+
+    async def test_a_terminal_process_can_be_deleted(self, persister: Persister) -> None:
+        """With all that belongs to it; its pid is free again."""
+        await self.ended(persister, tags=("t",))
+        await persister.delete("p")
+        assert await persister.query(Query(tag="t")) == []
+        assert await persister.create(new()) is True
+        assert await persister.history("p") == []
+
+    async def test_what_is_needed_can_not_be_deleted(self, persister: Persister) -> None:
+        """Neither a process that is not terminal, nor one whose result somebody waits for."""
+        claim = await self.started(persister)
+        with pytest.raises(InvalidStateError):
+            await persister.delete("p")
+        await persister.save(save_of(claim, "waiting", children=(new("a"), new("b")), waits=("a", "b"), release=True))
+        await self.end(persister, "a")
+        with pytest.raises(InvalidStateError, match="p"):
+            await persister.delete("a")
+        await self.end(persister, "p", "killed")
+        await persister.delete("a")
+
+    # --- finding ------------------------------------------------------------------------------------
+
+    async def test_a_query_answers_newest_first_without_checkpoints(self, persister: Persister) -> None:
+        """Newest means created last, whatever the pids and the clocks say."""
+        for pid in ("b", "c", "a"):
+            await persister.create(new(pid, created_at=1.0))
+        records = await persister.query(Query())
+        assert self.pids(records) == ["a", "c", "b"]
+        assert all(record.checkpoint is None and record.result is None for record in records)
+
+    async def test_all_conditions_of_a_query_must_hold(self, persister: Persister) -> None:
+        """By state, play state, class, tag, parent, roots, aside and unfinished, alone and together."""
+        await self.ended(persister, "done", tags=("x", "y"))
+        claim = await self.started(persister, "paused", tags=("x",))
+        await persister.save(save_of(claim, "waiting", play="paused", release=True))
+        await persister.create(new("child", parent="paused", class_id="lab:Other"))
+        claim = await self.started(persister, "aside")
+        await persister.set_aside("aside", claim.epoch, "why")
+        for query, expected in (
+            (Query(states=("finished",)), ["done"]),
+            (Query(states=("waiting", "finished")), ["paused", "done"]),
+            (Query(states=("excepted",)), []),
+            (Query(play="paused"), ["paused"]),
+            (Query(play="playing"), ["aside", "child", "done"]),
+            (Query(class_id="lab:Other"), ["child"]),
+            (Query(tag="x"), ["paused", "done"]),
+            (Query(tag="x", states=("finished", "waiting"), limit=1), ["paused"]),
+            (Query(tag="nothing"), []),
+            (Query(parent="paused"), ["child"]),
+            (Query(roots=True), ["aside", "paused", "done"]),
+            (Query(aside=True), ["aside"]),
+            (Query(aside=False), ["child", "paused", "done"]),
+            (Query(unfinished=True), ["aside", "child", "paused"]),
+            (Query(unfinished=True, tag="x"), ["paused"]),
+            (Query(unfinished=True, parent="paused", states=("created",)), ["child"]),
+        ):
+            assert self.pids(await persister.query(query)) == expected, query
+
+    async def test_a_query_goes_page_by_page(self, persister: Persister) -> None:
+        """`before` continues after the last pid of a page, also for several states at once."""
+        for i in range(7):
+            claim = await self.started(persister, f"p{i}")
+            await persister.save(save_of(claim, ("finished", "running", "killed")[i % 3]))
+        found: list[str] = []
+        states = ("finished", "killed")
+        while page := await persister.query(Query(states=states, limit=2, before=found[-1] if found else None)):
+            assert len(page) <= 2
+            found += self.pids(page)
+        assert found == ["p6", "p5", "p3", "p2", "p0"]
+
+    async def test_a_query_has_a_bound(self, persister: Persister) -> None:
+        """No more than `QUERY_LIMIT`, and at least one."""
+        for limit in (0, QUERY_LIMIT + 1):
+            with pytest.raises(ValueError, match="1 to"):
+                await persister.query(Query(limit=limit))
+
+    async def test_the_history_tells_all_in_order(self, persister: Persister) -> None:
+        """Claims and the events of saves, numbered from 1, with who made them."""
+        claim = await self.started(persister)
+        await persister.save(
+            save_of(
+                claim,
+                events=(Event(subject="created.running", at=3.0, step="run", note="n"), Event(subject="x", at=4.0)),
+            )
+        )
+        events = await persister.history("p")
+        assert [(event.seq, event.subject, event.at, event.by) for event in events] == [
+            (1, "claimed", 2.0, "w"),
+            (2, "created.running", 3.0, "w"),
+            (3, "x", 4.0, "w"),
+        ]
+        assert (events[1].step, events[1].note) == ("run", "n")
+
+    async def test_large_and_odd_bytes_come_back(self, persister: Persister) -> None:
+        """A checkpoint is opaque: a megabyte of anything, and nothing at all."""
+        data = bytes(range(256)) * 4096
+        claim = await self.started(persister, checkpoint=b"")
+        assert claim.record.checkpoint == b""
+        await persister.save(save_of(claim, checkpoint=data))
+        assert (await persister.load("p")).checkpoint == data
+
+    @staticmethod
+    def pids(records: Sequence[Record]) -> list[str]:
+        return [record.pid for record in records]

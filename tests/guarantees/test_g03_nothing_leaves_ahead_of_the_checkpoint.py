@@ -1,0 +1,75 @@
+"""G3: no broadcast, answer, acknowledgement or child launch leaves ahead of the checkpoint.
+
+A second connection to the same file sees only what is committed: whoever hears something asks it at once.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from prunus.messaging.communicator import Broadcast
+from prunus.persistence import open_database
+from prunus.testing.local_daemon import LocalDaemon
+from tests.runtime import workflows
+from tests.runtime.waiting import file_has
+
+
+async def test_what_is_heard_is_committed_already(tmp_path: Path) -> None:
+    """For each broadcast the history on the disk has the line; for each answer to a control call the state."""
+    path = tmp_path / "prunus.db"
+    journal = tmp_path / "journal"
+    heard: list[str] = []
+    early: list[str] = []
+    async with LocalDaemon(workers=2, connection=open_database(path, exclusive=False)) as daemon:
+        reader = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+
+        async def listen(broadcast: Broadcast) -> None:
+            _, _, change = (broadcast.subject or "").partition("_changed.")
+            if change:
+                heard.append(change)
+                [count] = reader.execute(
+                    "SELECT count(*) FROM event JOIN process ON n = process WHERE pid = ? AND subject = ?",
+                    [broadcast.sender, change],
+                ).fetchone()
+                if not count:
+                    early.append(f"{broadcast.sender}: {change}")
+
+        communicator = daemon.controller._backend.communicator
+        subscription = await communicator.add_broadcast_subscriber(listen)
+        fan = await daemon.controller.launch(workflows.Fan)
+        paused = await daemon.controller.launch(
+            workflows.Journal, {"file": str(journal), "steps": 20, "pace_s": 0.001}
+        )
+        await file_has(journal, 1)
+        await paused.pause()
+        assert reader.execute("SELECT play FROM process WHERE pid = ?", [paused.pid]).fetchone() == ("paused",)
+        await paused.play()
+        assert (await paused.result()).outputs.written == 20
+        assert (await fan.result()).outputs.total == 6
+        await subscription.cancel()
+        reader.close()
+    assert early == []
+    assert "waiting.running" in heard
+    assert "running.finished" in heard
+
+
+async def test_children_exist_only_with_the_checkpoint_of_the_step_that_submitted_them() -> None:
+    """In no commit is there a child of a parent that is still in the step before it."""
+    async with LocalDaemon() as daemon:
+        ahead: list[object] = []
+
+        def audit(failpoint: str) -> None:
+            if failpoint == "after_commit":
+                ahead.extend(
+                    daemon.connection.execute(
+                        "SELECT child.pid FROM process AS child JOIN process AS parent ON child.parent = parent.pid "
+                        "WHERE parent.state IN ('created') OR (parent.state = 'running' AND parent.step = 'run' "
+                        "AND parent.seq < 2)"
+                    )
+                )
+
+        daemon.broker.exchange.failpoint = audit
+        handle = await daemon.controller.launch(workflows.Fan)
+        await handle.result()
+    assert ahead == []

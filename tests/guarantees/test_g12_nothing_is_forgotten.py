@@ -1,0 +1,41 @@
+"""G12: what has no task though it should is found and repaired when a broker starts.
+
+(That each commit keeps the sentence true is in `test_g02_acked_means_ended_or_parked`.)
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from tests.guarantees.real_daemon import RealDaemon
+from tests.runtime import workflows
+from tests.runtime.waiting import file_has, until
+
+
+@pytest.mark.timeout(60)
+async def test_processes_whose_tasks_were_deleted_by_hand_complete(short_folder: Path) -> None:
+    """Queued, held by a dead worker, and called: all their tasks are gone, and all of them go on."""
+    journal = short_folder / "journal"
+    async with RealDaemon(short_folder, workers=1, slots=1) as daemon:
+        launch = daemon.controller.launch
+        asked = await launch(workflows.Ask)
+        await until(asked, lambda row: row.state == "waiting" and row.owner is None)
+        held = await launch(workflows.Journal, {"file": str(journal), "steps": 20, "pace_s": 0.01})
+        await file_has(journal, 2)
+        queued = await launch(workflows.Add, {"a": 1})
+        daemon.kill("worker-1")
+        daemon.kill("broker")
+        with sqlite3.connect(daemon.profile.database) as connection:
+            [before] = connection.execute("SELECT count(*) FROM broker_task").fetchone()
+            connection.execute("DELETE FROM broker_task")
+        connection.close()
+        assert before >= 2
+        daemon.start("broker")
+        daemon.start("worker-1")
+        assert (await held.result()).outputs.written == 20, daemon.logs()
+        assert (await queued.result()).outputs.sum == 2
+        await asked.resume("still there")
+        assert (await asked.result()).outputs.answer == "still there"

@@ -1,0 +1,119 @@
+"""Workers that stop, die, meet classes that are gone, and take each other's processes over."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from prunus import errors
+from prunus.testing.local_daemon import LocalDaemon
+from tests.runtime import workflows
+from tests.runtime.waiting import file_has, until
+
+
+async def test_a_stopped_worker_gives_its_processes_back_at_a_checkpoint(tmp_path: Path) -> None:
+    """Another worker continues; no step that was checkpointed is run again."""
+    file = tmp_path / "journal"
+    async with LocalDaemon(workers=2, slots=1) as daemon:
+        handle = await daemon.controller.launch(workflows.Journal, {"file": str(file), "steps": 40, "pace_s": 0.002})
+        await file_has(file, 3)
+        holder = (await handle.record()).owner or ""
+        await daemon.stop_worker(holder.rpartition("-")[0])
+        assert (await handle.result()).outputs.written == 40
+        claims = [event.by for event in await handle.history() if event.subject == "claimed"]
+    assert len(claims) == 2
+    assert claims[0] != claims[1]
+    lines = file.read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 40
+
+
+async def test_a_step_that_outlasts_the_grace_is_cancelled_and_run_again(tmp_path: Path) -> None:
+    """The unfinished step begins again on the next worker, under the same idempotency key (G5)."""
+    file = tmp_path / "begun"
+    async with LocalDaemon(workers=1, grace_s=0.0) as daemon:
+        handle = await daemon.controller.launch(workflows.Endless, {"begun": str(file)})
+        await file_has(file, 1)
+        await daemon.stop_worker("worker-1")
+        await daemon.start_worker("worker-2")
+        lines = await file_has(file, 3)
+        await handle.kill()
+    assert lines[0] == lines[2]
+    assert lines[1] == "cleaned up"
+
+
+async def test_the_processes_of_a_dead_worker_continue_on_another(tmp_path: Path) -> None:
+    """Killed in the middle: the finished steps are not run again, the others are."""
+    file = tmp_path / "journal"
+    async with LocalDaemon(workers=1) as daemon:
+        handle = await daemon.controller.launch(workflows.Journal, {"file": str(file), "steps": 30, "pace_s": 0.002})
+        await file_has(file, 5)
+        await daemon.start_worker("worker-2")
+        await daemon.kill_worker("worker-1")
+        assert (await handle.result()).outputs.written == 30
+    lines = file.read_text().splitlines()
+    assert len(set(lines)) == 30
+    assert len(lines) <= 31, "at most the one step that was not checkpointed ran twice"
+
+
+async def test_a_class_that_is_gone_sets_its_process_aside_with_the_reason(daemon: LocalDaemon) -> None:
+    """Not lost, not tried again and again; control says why; it can be killed without its code."""
+    handle = await daemon.controller.launch(workflows.Ask)
+    await until(handle, lambda row: row.state == "waiting" and row.owner is None)
+    kept, workflows.Ask.__qualname__ = workflows.Ask, "Gone"
+    del workflows.Ask
+    try:
+        await handle._controller._backend.persister.post(handle.pid, b"")
+        record = await until(handle, lambda row: row.aside is not None)
+        assert "Ask" in (record.aside or "")
+        with pytest.raises(errors.InvalidStateError, match="SET ASIDE"):
+            await handle.pause()
+        await handle.kill("no longer needed")
+        assert (await handle.record()).state == "killed"
+    finally:
+        workflows.Ask = kept  # type: ignore[misc]
+        kept.__qualname__ = "Ask"
+
+
+async def test_a_set_aside_process_continues_once_the_cause_is_mended(daemon: LocalDaemon) -> None:
+    """`retry` brings it back where it was."""
+    handle = await daemon.controller.launch(workflows.Ask)
+    await until(handle, lambda row: row.state == "waiting" and row.owner is None)
+    kept = workflows.Ask
+    del workflows.Ask
+    await handle._controller._backend.persister.post(handle.pid, b"")
+    await until(handle, lambda row: row.aside is not None)
+    workflows.Ask = kept  # type: ignore[misc]
+    await handle.retry()
+    await until(handle, lambda row: row.aside is None and row.owner is None)
+    await handle.resume(42)
+    assert (await handle.result()).outputs.answer == 42
+
+
+async def test_a_stale_runner_stops_and_changes_nothing(daemon: LocalDaemon, tmp_path: Path) -> None:
+    """G4: while a step runs somebody else claims the process; its first worker's kill and save come too late."""
+    file = tmp_path / "begun"
+    handle = await daemon.controller.launch(workflows.Endless, {"begun": str(file)})
+    await file_has(file, 1)
+    persister = handle._controller._backend.persister
+    claim = await persister.claim(handle.pid, "somebody else", at=0.0)
+    with pytest.raises(errors.StaleOwnerError):
+        await persister.release(handle.pid, claim.epoch - 1)
+    record = await handle.record()
+    assert (record.owner, record.state) == (persister_owner(record.owner), "running")
+
+
+def persister_owner(owner: str | None) -> str | None:
+    """The owner is whoever claimed last: the session of the controller here."""
+    assert owner is not None
+    assert owner.startswith("controller")
+    return owner
+
+
+async def test_many_processes_on_two_workers_all_finish() -> None:
+    """Two hundred, each with children."""
+    async with LocalDaemon(workers=2, slots=4) as daemon:
+        handles = await asyncio.gather(*(daemon.controller.launch(workflows.Fan, {"count": 2}) for _ in range(100)))
+        results = await asyncio.gather(*(handle.result() for handle in handles))
+    assert {result.outputs.total for result in results} == {3}

@@ -1,0 +1,26 @@
+"""Waiting for what other processes do, without guessing how long it takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from prunus.persistence.persister import Record
+from prunus.runtime.controller import ProcessHandle
+
+POLL_S = 0.005
+
+
+async def until(handle: ProcessHandle, holds: Callable[[Record], bool]) -> Record:
+    """The row of a process as soon as a condition holds of it."""
+    return await handle._controller._until(handle.pid, holds)
+
+
+async def file_has(file: Path, lines: int) -> list[str]:
+    """The lines of a file as soon as it has that many. A file has no event to wait for, so this looks again."""
+    while True:
+        found = file.read_text().splitlines() if file.exists() else []
+        if len(found) >= lines:
+            return found
+        await asyncio.sleep(POLL_S)
