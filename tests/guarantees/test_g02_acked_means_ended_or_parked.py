@@ -15,7 +15,7 @@ from pathlib import Path
 from prunus import errors
 from prunus.testing.local_daemon import LocalDaemon
 from tests.runtime import workflows
-from tests.runtime.waiting import file_has
+from tests.runtime.waiting import file_has, until
 
 UNWATCHED = """
     SELECT pid, state, play, owner FROM process
@@ -83,6 +83,7 @@ async def test_after_every_commit_each_process_is_ended_watched_or_parked(tmp_pa
         for handle in asks[1:]:
             await handle.pause()
             await handle.play()
+            await until(handle, lambda row: row.state == "waiting")
             await handle.resume(1)
         await asyncio.gather(*(handle.result() for handle in chains + journals + asks[1:]))
     assert auditor.complaints == []

@@ -47,7 +47,7 @@ async def test_a_class_that_no_worker_can_import_is_refused(daemon: LocalDaemon)
     class Hidden(Process):
         async def run(self) -> None: ...
 
-    with pytest.raises(errors.ProcessClassNotFoundError, match="top level of a module"):
+    with pytest.raises(errors.ProcessClassNotFoundError, match="top level of its module"):
         await daemon.controller.launch(Hidden)
 
 

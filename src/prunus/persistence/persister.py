@@ -200,6 +200,10 @@ class Query(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     before: str | None = None
     """Only pids created before this one: the next page."""
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.limit <= QUERY_LIMIT:
+            raise ValueError(f"a query answers with 1 to {QUERY_LIMIT} processes, not {self.limit}")
+
 
 class Persister(Protocol):
     """Keeps processes. Every method is durable when it returns (for a store that is durable at all).

@@ -56,7 +56,6 @@ from prunus.persistence.database import (
     wal_bytes,
 )
 from prunus.persistence.persister import (
-    QUERY_LIMIT,
     TERMINAL_STATES,
     Claim,
     Effects,
@@ -217,8 +216,6 @@ class ProcessStore:
         return msgspec.structs.replace(self._record(row.n, content=True), inbox=self._letters(row)), NOTHING
 
     def query(self, query: Query) -> tuple[list[Record], Effects]:
-        if not 1 <= query.limit <= QUERY_LIMIT:
-            raise ValueError(f"a query answers with 1 to {QUERY_LIMIT} processes, not {query.limit}")
         if len(query.states) > MAX_QUERY_STATES:
             raise ValueError(f"a query names up to {MAX_QUERY_STATES} states, not {len(query.states)}")
         before = None if query.before is None else self._find(query.before).n

@@ -99,9 +99,9 @@ class ProcessController:
         if isinstance(process_class, str):
             process_class = load_class(process_class)
         process = process_class(inputs, pid=pid, tags=tags)
-        if process.class_id != _importable(process.class_id):
+        if load_class(process.class_id) is not process_class:
             raise ProcessClassNotFoundError(
-                process.class_id, "workers can't import it; move the class to the top level of a module"
+                process.class_id, "another class goes by this name, and workers would find that one; rename one of them"
             )
         await self._backend.persister.create(new_process(process))
         return ProcessHandle(process.pid, self)
@@ -301,11 +301,6 @@ async def connect(profile: Profile | Path | str | None = None) -> AsyncIterator[
 def _result(record: Record) -> ProcessResult:
     assert record.result is not None, "a terminal process has a result"
     return ProcessResult.from_data(decode_data(record.result))
-
-
-def _importable(identifier: str) -> str:
-    module, _, name = identifier.partition(":")
-    return identifier if module != "__main__" and "<locals>" not in name else ""
 
 
 # --- the blocking face ------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ continues it once the cause is mended.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Sequence
 
@@ -79,7 +81,7 @@ class Launcher:
         if claim.record.is_terminal:
             return
         try:
-            process = self._load(claim)
+            process = await self._load(claim)
         except _CANT_CONTINUE as error:
             await self._set_aside(claim, task, str(error))
             return
@@ -97,11 +99,14 @@ class Launcher:
             if self.runners.get(pid) is runner:
                 del self.runners[pid]
 
-    def _load(self, claim: Claim) -> Process:
+    async def _load(self, claim: Claim) -> Process:
         data = claim.record.checkpoint
         if data is None:
             raise PersistenceError(f"process {claim.record.pid} has no checkpoint")
         checkpoint = decode_checkpoint(data)
+        if checkpoint.class_id.partition(":")[0] not in sys.modules:
+            # A scientific library takes seconds to import; meanwhile the others of this worker go on.
+            await asyncio.to_thread(load_class, checkpoint.class_id, self._modules)
         process_class = load_class(checkpoint.class_id, self._modules)
         return process_class.restore(checkpoint.snapshot(self._load_type))
 

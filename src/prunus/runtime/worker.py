@@ -17,15 +17,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from prunus.messaging.communicator import Communicator, IncomingTask
 from prunus.runtime.backend import CONTROL_LANE, RUN_LANE, Backend, letter_subject
 from prunus.runtime.launcher import Launcher
 
+LAST_THREADS_S = 1.0
+"""How long a stopped worker waits for plain steps that still run in their threads."""
+MAX_STEP_THREADS = 256
+"""How many plain steps run at the same time in one worker, if it has as many slots."""
 CONTROL_SLOTS = 4
 """How many processes may be activated at the same time just to read their letters."""
 
@@ -117,12 +124,27 @@ async def serve(profile: Path, name: str) -> None:
     config = where.config
     worker = Worker(communicator, slots=config.slots, grace_s=config.grace_s, modules=config.modules)
     loop = asyncio.get_running_loop()
+    threads = ThreadPoolExecutor(min(config.slots, MAX_STEP_THREADS), thread_name_prefix="step")
+    loop.set_default_executor(threads)  # where plain `def` steps run
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, worker.stop)
     try:
         await worker.run()
     finally:
         await communicator.close()
+        _leave_threads(threads)
+
+
+def _leave_threads(threads: ThreadPoolExecutor) -> None:
+    """A thread can't be cancelled. One that is still in a step would keep this process alive for as long as it likes,
+    though its process was given back: the process ends without it."""
+    waiting = threading.Thread(target=threads.shutdown, name="prunus-last-threads", daemon=True)
+    waiting.start()
+    waiting.join(LAST_THREADS_S)
+    if waiting.is_alive():
+        logger.warning("a plain step still runs in its thread; it ends with this worker, and runs again elsewhere")
+        logging.shutdown()
+        os._exit(0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

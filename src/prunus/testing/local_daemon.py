@@ -73,5 +73,5 @@ class LocalDaemon:
         _, communicator, task = self._workers.pop(name)
         self.broker.kill(communicator)
         task.cancel()
-        await asyncio.wait([task])
+        await asyncio.gather(task, return_exceptions=True)
         await communicator.close()

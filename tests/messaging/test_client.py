@@ -1,0 +1,384 @@
+"""What a client remembers and says again: no event loop, no broker."""
+
+from __future__ import annotations
+
+import pytest
+
+from prunus.errors import (
+    BusyError,
+    IndeterminateError,
+    MessageTooLargeError,
+    NotDeliveredError,
+    ProtocolError,
+    UnroutableError,
+)
+from prunus.messaging import client
+from prunus.messaging.client import (
+    HEARTBEAT_S,
+    PATIENCE_S,
+    SILENCE_S,
+    WELCOME_S,
+    Answered,
+    ClientCore,
+    Event,
+    Failed,
+    NameTaken,
+    Reconnect,
+    TaskLost,
+    Up,
+)
+from prunus.messaging.messages import (
+    MAX_FRAME_BYTES,
+    Alive,
+    BroadcastSubscribe,
+    BrokerMessage,
+    Call,
+    CallDone,
+    ClientMessage,
+    Done,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    HelloNeeded,
+    Peer,
+    Refused,
+    ResultSeen,
+    RpcAnswer,
+    RpcDelivery,
+    RpcDone,
+    RpcRequest,
+    RpcSubscribe,
+    RpcUnsubscribe,
+    TaskAck,
+    TaskDelivery,
+    TaskNack,
+    TaskResult,
+    TaskSend,
+    TaskStored,
+    TaskSubscribe,
+    TaskUnsubscribe,
+    Violation,
+    Welcome,
+    decode_from_client,
+    encode,
+    outcome_of,
+)
+
+
+class Line:
+    """A client and what passes between it and a broker."""
+
+    def __init__(self) -> None:
+        self.core = ClientCore("me", Peer())
+        self.now = 100.0
+        self.core.connect(self.now)
+
+    def said(self) -> list[ClientMessage]:
+        return [decode_from_client(frame) for frame in self.core.take()]
+
+    def hear(self, *messages: BrokerMessage) -> list[Event]:
+        return [event for message in messages for event in self.core.on_frame(self.now, encode(message))]
+
+    def wait(self, seconds: float) -> list[Event]:
+        self.now += seconds
+        return self.core.tick(self.now)
+
+    def up(self, epoch: int = 1) -> list[Event]:
+        return self.hear(Welcome(broker_epoch=epoch))
+
+    def reconnect(self, epoch: int = 1) -> Hello:
+        """What it says first on a new connection; the broker has greeted it then."""
+        self.core.connect(self.now)
+        [hello] = self.said()
+        assert isinstance(hello, Hello)
+        self.up(epoch)
+        return hello
+
+    def send(self, body: bytes = b"", want_result: bool = False) -> int:
+        return self.core.ask(self.now, lambda id: TaskSend(id=id, task=f"t{id}", body=body, want_result=want_result))
+
+    def ask(self, timeout_s: float = 10.0) -> int:
+        return self.core.ask(
+            self.now, lambda id: RpcRequest(id=id, recipient="name", body=b"", timeout_s=timeout_s), timeout_s
+        )
+
+
+@pytest.fixture
+def line() -> Line:
+    """A client that is connected."""
+    line = Line()
+    line.up()
+    line.said()
+    return line
+
+
+def delivery(epoch: int, task: str = "t") -> TaskDelivery:
+    return TaskDelivery(task=task, queue="q", key=None, body=b"", epoch=epoch, attempt=1)
+
+
+# --- the connection ---
+
+
+def test_hello_comes_first() -> None:
+    """Nothing is said before the broker knows who speaks; then everything is, in order."""
+    line = Line()
+    line.send(), line.ask()
+    [hello] = line.said()
+    assert hello == Hello(session="me", peer=Peer(), seen=1)
+    assert line.up() == [Up(again=False)]
+    assert [type(message) for message in line.said()] == [TaskSend, RpcRequest]
+
+
+def test_all_is_stated_again(line: Line) -> None:
+    """`Hello` on a new connection has every subscription and every task in hand."""
+    line.core.ask(line.now, lambda id: TaskSubscribe(id=id, queue="q", credit=3))
+    line.core.ask(line.now, lambda id: TaskSubscribe(id=id, queue="gone", credit=3))
+    line.core.ask(line.now, lambda id: TaskUnsubscribe(id=id, queue="gone"))
+    line.core.ask(line.now, lambda id: RpcSubscribe(id=id, identifier="name"))
+    line.core.ask(line.now, lambda id: BroadcastSubscribe(id=id, subscription=7, sender="s*"))
+    line.hear(*(Done(id=number) for number in range(1, 6)), delivery(5))
+    hello = line.reconnect()
+    assert hello.queues == (("q", 3),)
+    assert hello.identifiers == (("name", 1),)
+    assert hello.patterns == ((7, "s*", None),)
+    assert hello.held == (("t", 5),)
+    assert hello.seen == 6
+    assert line.said() == []
+    line.core.ask(line.now, lambda id: RpcUnsubscribe(id=id, identifier="name"))
+    assert line.reconnect().identifiers == ()
+
+
+def test_what_was_not_answered_is_said_again(line: Line) -> None:
+    """In order, and only that; the answer ends it."""
+    first, second, third = line.send(b"1"), line.send(b"2"), line.send(b"3")
+    line.said()
+    assert line.hear(TaskStored(id=second, task="t2", stored=True)) == [
+        Answered(second, TaskStored(id=second, task="t2", stored=True))
+    ]
+    assert line.reconnect().seen == first
+    assert [message.id for message in line.said() if isinstance(message, TaskSend)] == [first, third]
+    assert line.hear(TaskStored(id=second, task="t2", stored=True)) == []
+
+
+def test_a_broker_that_does_not_know_us(line: Line) -> None:
+    """`HelloNeeded` (it restarted, or forgot us) is answered by `Hello` on the same connection, once."""
+    number = line.send()
+    line.said()
+    line.hear(HelloNeeded(), HelloNeeded())
+    [hello] = line.said()
+    assert isinstance(hello, Hello)
+    assert line.hear(delivery(5)) == []
+    assert line.up(2) == [Up(again=True)]
+    assert [message.id for message in line.said() if isinstance(message, TaskSend)] == [number]
+
+
+def test_heartbeats(line: Line) -> None:
+    """Every `HEARTBEAT_S`, with what was seen; silence of the broker makes a new connection."""
+    assert line.core.due() == line.now + HEARTBEAT_S
+    assert line.wait(HEARTBEAT_S) == []
+    assert line.said() == [Heartbeat(seen=1)]
+    line.hear(Alive())
+    for _ in range(int(SILENCE_S / HEARTBEAT_S)):
+        assert line.wait(HEARTBEAT_S) == []
+    [reconnect] = line.wait(HEARTBEAT_S)
+    assert isinstance(reconnect, Reconnect)
+
+
+def test_no_welcome() -> None:
+    """A `Hello` without a `Welcome` makes a new connection."""
+    line = Line()
+    assert line.core.due() == line.now + WELCOME_S
+    assert line.wait(WELCOME_S) == []
+    [reconnect] = line.wait(0.1)
+    assert isinstance(reconnect, Reconnect)
+
+
+def test_nonsense_from_the_broker(line: Line) -> None:
+    """Bytes that are no message raise; a complaint of the broker is passed on."""
+    with pytest.raises(ProtocolError):
+        line.core.on_frame(line.now, b"nonsense")
+    assert line.hear(Violation(reason="what?")) == [Violation(reason="what?")]
+
+
+# --- tasks ---
+
+
+def test_an_echo_is_ignored(line: Line) -> None:
+    """A delivery with an epoch not above the highest one seen for that task is none."""
+    assert line.hear(delivery(5)) == [delivery(5)]
+    assert line.hear(delivery(5), delivery(4)) == []
+    assert line.hear(delivery(6)) == [delivery(6)]
+    assert line.core.held == {"t": 6}
+
+
+@pytest.mark.parametrize("kind", [TaskAck, TaskNack])
+def test_in_hand_until_confirmed(line: Line, kind: type[TaskAck] | type[TaskNack]) -> None:
+    """A task that was settled is stated as held until the broker said that it knows."""
+    line.hear(delivery(5))
+    number = line.core.ask(line.now, lambda id: kind(id=id, task="t", epoch=5))
+    assert line.reconnect().held == (("t", 5),)
+    line.hear(Done(id=number))
+    assert line.reconnect().held == ()
+
+
+def test_a_call_that_acknowledges(line: Line) -> None:
+    """Its tasks leave the hand when it is answered, not when it is refused."""
+    line.hear(delivery(5))
+    for answer, held in (
+        (Refused(id=1, failure=outcome_of(BusyError("no"))), {"t": 5}),
+        (CallDone(id=2, answers=()), {}),
+    ):
+        line.core.ask(line.now, lambda id: Call(id=id, requests=(), acks=(("t", 5),)))
+        line.hear(answer)
+        assert line.core.held == held
+
+
+def test_lost_tasks_and_names(line: Line) -> None:
+    """What the broker gave to others while we were away is told, and no longer stated."""
+    line.hear(delivery(5))
+    line.core.ask(line.now, lambda id: RpcSubscribe(id=id, identifier="name"))
+    line.hear(Done(id=1))
+    line.core.connect(line.now)
+    assert line.hear(Welcome(broker_epoch=1, lost=("t", "x"), taken=("name", "y"))) == [
+        TaskLost("t"),
+        NameTaken("name"),
+        Up(again=True),
+    ]
+    hello = line.reconnect()
+    assert (hello.held, hello.identifiers) == ((), ())
+
+
+def test_results(line: Line) -> None:
+    """A result is waited for from the moment of sending, taken once, and confirmed."""
+    number = line.send(want_result=True)
+    assert line.reconnect().expected == ("t1",)
+    stored, result = TaskStored(id=number, task="t1", stored=True), TaskResult(task="t1", outcome=b"42")
+    line.said()
+    assert line.hear(result) == [], "it was faster than the answer to its sending"
+    assert line.hear(stored) == [Answered(number, stored), result]
+    assert line.said() == [ResultSeen(task="t1")]
+    assert line.hear(result) == []
+    assert line.reconnect().awaited == ()
+
+
+def test_the_result_of_an_equal(line: Line) -> None:
+    """If a pending task with the same key took the place of ours, its result is waited for."""
+    line.hear(TaskStored(id=line.send(want_result=True), task="other", stored=False))
+    assert line.reconnect().awaited == ("other",)
+    assert line.hear(TaskResult(task="other", outcome=b"42")) == [TaskResult(task="other", outcome=b"42")]
+
+
+# --- questions ---
+
+
+def test_a_question_that_comes_twice(line: Line) -> None:
+    """Its handler runs once; when it is answered, the same answer is said again."""
+    question = RpcDelivery(caller="c", id=3, identifier="name", body=b"?")
+    assert line.hear(question) == [question]
+    assert line.hear(question) == []
+    assert line.said() == []
+    line.core.answer("c", 3, b"!")
+    assert line.hear(question) == []
+    assert line.said() == [RpcAnswer(caller="c", id=3, outcome=b"!")] * 2
+
+
+def test_an_answer_that_is_too_large(line: Line) -> None:
+    """It becomes the error that says so."""
+    line.core.answer("c", 3, bytes(MAX_FRAME_BYTES))
+    [answer] = line.said()
+    assert isinstance(answer, RpcAnswer)
+    assert isinstance(answer.outcome, client.Failure)
+
+
+def test_an_answer_while_disconnected(line: Line) -> None:
+    """It waits for the question to be said again."""
+    question = RpcDelivery(caller="c", id=3, identifier="name", body=b"?")
+    line.hear(question)
+    line.core.connect(line.now)
+    line.said()
+    line.core.answer("c", 3, b"!")
+    line.up()
+    assert line.said() == []
+    line.hear(question)
+    assert line.said() == [RpcAnswer(caller="c", id=3, outcome=b"!")]
+
+
+def test_a_question_said_to_another_broker(line: Line) -> None:
+    """It names the broker epoch under which it was said first."""
+    line.ask()
+    [first] = line.said()
+    line.reconnect(2)
+    [second] = line.said()
+    line.reconnect(3)
+    [third] = line.said()
+    assert [message.since for message in (first, second, third) if isinstance(message, RpcRequest)] == [0, 1, 1]
+
+
+def test_the_end_of_a_question(line: Line) -> None:
+    """At its deadline nobody knows; a late answer is ignored. One that was never said had no effect."""
+    number = line.ask(timeout_s=1.0)
+    assert line.core.due() == line.now + 1.0
+    [failed] = line.wait(1.0)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, IndeterminateError)
+    assert line.hear(RpcDone(id=number, outcome=b"late")) == []
+    line.core.connect(line.now)
+    line.ask(timeout_s=1.0)
+    [failed] = line.wait(1.0)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, NotDeliveredError)
+
+
+def test_refused(line: Line) -> None:
+    """The error of a refusal is the one that the broker named; a refused name is not stated."""
+    number = line.core.ask(line.now, lambda id: RpcSubscribe(id=id, identifier="name"))
+    [failed] = line.hear(Refused(id=number, failure=outcome_of(UnroutableError("x"))))
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, UnroutableError)
+    assert line.reconnect().identifiers == ()
+
+
+# --- bounds ---
+
+
+def test_patience_ends(line: Line) -> None:
+    """Without a broker a request ends after `PATIENCE_S`; an acknowledgement never does."""
+    line.hear(delivery(5))
+    said = line.send()
+    line.core.ask(line.now, lambda id: TaskAck(id=id, task="t", epoch=5))
+    line.core.connect(line.now)
+    unsaid = line.send()
+    line.wait(PATIENCE_S / 2)
+    line.core.connect(line.now)
+    events = [event for event in line.wait(PATIENCE_S / 2 + 1) if isinstance(event, Failed)]
+    assert [(event.id, type(event.error)) for event in events] == [
+        (said, IndeterminateError),
+        (unsaid, NotDeliveredError),
+    ]
+    line.reconnect()
+    assert [type(message) for message in line.said()] == [TaskAck]
+
+
+def test_requests_have_a_bound(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many, or too many bytes, are refused before they are said; acknowledgements are not."""
+    monkeypatch.setattr(client, "MAX_UNANSWERED", 1)
+    line.send()
+    with pytest.raises(BusyError):
+        line.send()
+    line.core.ask(line.now, lambda id: TaskAck(id=id, task="t", epoch=5))
+    line.core.ask(line.now, lambda id: Goodbye(id=id))
+    monkeypatch.setattr(client, "MAX_UNANSWERED", 10)
+    monkeypatch.setattr(client, "MAX_UNANSWERED_BYTES", 1000)
+    with pytest.raises(BusyError):
+        line.send(bytes(1000))
+    with pytest.raises(MessageTooLargeError):
+        line.send(bytes(MAX_FRAME_BYTES))
+    assert [type(message) for message in line.said()] == [TaskSend, TaskAck, Goodbye]
+
+
+def test_memory_has_a_bound(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The highest epochs and the given answers are remembered for the latest ones only."""
+    monkeypatch.setattr(client, "MAX_REMEMBERED", 2)
+    line.hear(*(delivery(5, f"t{number}") for number in range(3)))
+    assert line.hear(delivery(5, "t2")) == []
+    assert line.hear(delivery(5, "t0")) != []

@@ -1,0 +1,357 @@
+"""Core, store and service behind one commit: what is durable when something is sent, and what is undone."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prunus.errors import InvalidStateError, MessageTooLargeError, NotDeliveredError, RemoteError
+from prunus.messaging.exchange import (
+    MAX_PROTOCOL_ERRORS,
+    BrokerStoppedError,
+    Exchange,
+    NewBroadcast,
+    NewTask,
+    Served,
+)
+from prunus.messaging.messages import (
+    FORWARD_BYTES,
+    MAX_FRAME_BYTES,
+    Alive,
+    BroadcastDelivery,
+    BrokerMessage,
+    Call,
+    CallDone,
+    ClientMessage,
+    Done,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    HelloNeeded,
+    Peer,
+    Refused,
+    TaskAck,
+    TaskDelivery,
+    TaskSend,
+    TaskStored,
+    Violation,
+    Welcome,
+    decode_from_broker,
+    encode,
+)
+from prunus.messaging.taskstore import TaskStore
+from prunus.testing.communicator_contract import ContractService
+
+
+class Crashed(Exception):
+    """A failpoint: here the process ends."""
+
+
+class Desk:
+    """An exchange over a database file, and routes that say things to it."""
+
+    def __init__(self, path: Path, fail_at: str = "") -> None:
+        self.connection = sqlite3.connect(path, isolation_level=None)
+        self.fail_at = fail_at
+        self.passed: list[str] = []
+        self.exchange: Exchange[str] = Exchange(
+            self.connection, service=ContractService(self.connection), failpoint=self._failpoint
+        )
+
+    def _failpoint(self, name: str) -> None:
+        self.passed.append(name)
+        if name == self.fail_at:
+            raise Crashed(name)
+
+    def say(self, *said: tuple[str, ClientMessage | bytes], now: float = 0.0) -> list[tuple[str, BrokerMessage]]:
+        frames = [(route, one if isinstance(one, bytes) else encode(one)) for route, one in said]
+        return [(route, decode_from_broker(frame)) for route, frame in self.exchange.process(now, frames)]
+
+    def hello(self, route: str, session: str, **stated: object) -> list[tuple[str, BrokerMessage]]:
+        return self.say((route, Hello(session=session, peer=Peer(), **stated)))  # type: ignore[arg-type]
+
+    def words(self) -> list[str]:
+        return [word for (word,) in self.connection.execute("SELECT word FROM word ORDER BY rowid")]
+
+    def tasks(self) -> set[str]:
+        return {one.task.id for one in TaskStore(self.connection).load().tasks}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "broker.db"
+
+
+@pytest.fixture
+def desk(path: Path) -> Iterator[Desk]:
+    desk = Desk(path)
+    yield desk
+    desk.connection.close()
+
+
+def send(number: int) -> TaskSend:
+    return TaskSend(id=number, task=f"t{number}", body=b"")
+
+
+# --- the barrier ---
+
+
+def test_what_came_together_is_one_commit(desk: Desk) -> None:
+    """Any number of frames in one batch cost one commit; a batch that changes nothing costs none."""
+    desk.hello("r", "ann")
+    desk.passed.clear()
+    said = desk.say(*(("r", send(number)) for number in range(1, 101)))
+    assert [message for _, message in said] == [
+        TaskStored(id=number, task=f"t{number}", stored=True) for number in range(1, 101)
+    ]
+    assert desk.passed == ["before_commit", "after_commit"]
+    desk.say(("r", Heartbeat()), ("r", Call(id=200, requests=(b"words",))))
+    assert desk.passed == ["before_commit", "after_commit"]
+    assert desk.exchange.statistics().commits == 2
+
+
+@pytest.mark.parametrize("where", ["before_commit", "after_commit"])
+def test_a_crash_around_the_commit(path: Path, where: str) -> None:
+    """Before the commit nothing is kept, after it everything; the request that is said again is done exactly once."""
+    desk = Desk(path)
+    desk.hello("r", "ann")
+    desk.fail_at = where
+    request = Call(id=2, requests=(b"add once", b"task q k"))
+    with pytest.raises(Crashed):
+        desk.say(("r", send(1)), ("r", request))
+    desk.connection.close()
+
+    again = Desk(path)
+    kept = where == "after_commit"
+    assert again.words() == (["once"] if kept else [])
+    assert ("t1" in again.tasks()) is kept
+    again.hello("r", "ann")
+    said = again.say(("r", send(1)), ("r", request))
+    assert said == [("r", TaskStored(id=1, task="t1", stored=True)), ("r", CallDone(id=2, answers=(b"1", b"")))]
+    assert again.words() == ["once"]
+    assert len(again.tasks()) == 2
+    again.connection.close()
+
+
+def test_each_start_raises_the_epoch(path: Path) -> None:
+    """The broker epoch of a database rises with every start, and is durable before anything is said."""
+    for expected in (1, 2, 3):
+        desk = Desk(path)
+        assert desk.exchange.broker_epoch == expected
+        desk.connection.close()
+
+
+def test_an_error_of_the_database_stops_everything(desk: Desk) -> None:
+    """Nothing of that batch is sent, and nothing is done any more: the process must end."""
+    desk.hello("r", "ann")
+    desk.connection.execute("DROP TABLE broker_task")
+    for _ in range(2):
+        with pytest.raises(BrokerStoppedError, match="broker_task"):
+            desk.say(("r", send(1)))
+
+
+def test_an_error_of_the_database_inside_a_call_stops_everything(desk: Desk) -> None:
+    """It is no answer of the service: nobody is told that his call was refused."""
+    desk.hello("r", "ann")
+    desk.connection.execute("DROP TABLE word")
+    with pytest.raises(BrokerStoppedError):
+        desk.say(("r", Call(id=1, requests=(b"add a",))))
+
+
+def test_a_connection_that_commits_by_itself_is_needed() -> None:
+    """The exchange begins and commits; a connection with implicit transactions is misuse."""
+    connection = sqlite3.connect(":memory:")
+    with pytest.raises(ValueError, match="isolation_level"):
+        Exchange(connection)
+    connection.close()
+
+
+def test_other_tables_are_left_alone(desk: Desk) -> None:
+    """All tables of the broker carry its name; the service's live beside them."""
+    names = {name for (name,) in desk.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    assert names == {"broker_task", "broker_session", "broker_answer", "broker_meta", "word"}
+
+
+# --- calls ---
+
+
+def call_with_task(desk: Desk, *requests: bytes) -> tuple[list[tuple[str, BrokerMessage]], TaskDelivery]:
+    """``bob`` holds a task with key k and acknowledges it in a call."""
+    desk.hello("b", "bob", queues=(("default", 5),))
+    [_, (_, delivery)] = desk.say(("b", TaskSend(id=1, task="t1", body=b"", key="k")))
+    assert isinstance(delivery, TaskDelivery)
+    return desk.say(("b", Call(id=2, requests=requests, acks=(("t1", delivery.epoch),)))), delivery
+
+
+def test_checkpoint_acknowledgement_and_new_task_are_one(desk: Desk) -> None:
+    """The acknowledgement frees the key, so the new task of the same key is delivered in the same breath."""
+    said, _ = call_with_task(desk, b"add a", b"task default k")
+    [(_, answer), (_, following)] = sorted(said, key=lambda one: isinstance(one[1], TaskDelivery))
+    assert answer == CallDone(id=2, answers=(b"1", b""))
+    assert isinstance(following, TaskDelivery)
+    assert following.key == "k"
+    assert desk.tasks() == {following.task}
+
+
+@pytest.mark.parametrize(("request_", "error"), [(b"refuse", InvalidStateError), (b"break", RemoteError)])
+def test_a_refused_call_did_nothing(desk: Desk, request_: bytes, error: type[Exception]) -> None:
+    """Neither the requests before it, nor the acknowledgement, nor the new tasks: the task is still held."""
+    [(_, refused)], delivery = call_with_task(desk, b"add a", b"task default z", request_)
+    assert isinstance(refused, Refused)
+    assert isinstance(refused.failure.to_exception(), error)
+    assert desk.words() == []
+    assert desk.tasks() == {"t1"}
+    assert desk.say(("b", TaskAck(id=3, task="t1", epoch=delivery.epoch))) == [("b", Done(id=3))]
+
+
+def test_a_refused_call_undoes_only_itself(desk: Desk) -> None:
+    """Other requests of the same batch are committed."""
+    desk.hello("r", "ann")
+    desk.say(
+        ("r", Call(id=1, requests=(b"add a",))),
+        ("r", Call(id=2, requests=(b"add b", b"refuse"))),
+        ("r", Call(id=3, requests=(b"add c",))),
+    )
+    assert desk.words() == ["a", "c"]
+
+
+def test_a_call_that_is_said_again_is_done_once(desk: Desk) -> None:
+    """Also on another connection; a refused one, which did nothing, is tried again."""
+    desk.hello("r", "ann")
+    request = Call(id=1, requests=(b"add a",))
+    first = desk.say(("r", request))
+    assert desk.say(("r", request)) == first
+    desk.hello("r2", "ann")
+    assert desk.say(("r2", request)) == [("r2", CallDone(id=1, answers=(b"1",)))]
+    assert desk.words() == ["a"]
+
+
+def test_an_answer_that_is_too_large_undoes_the_call(path: Path) -> None:
+    """Nobody could be told what was done, so it is not done."""
+
+    class Flood:
+        def execute(self, request: bytes, session: str) -> Served:
+            return Served(answer=bytes(MAX_FRAME_BYTES + FORWARD_BYTES))
+
+    connection = sqlite3.connect(path, isolation_level=None)
+    exchange: Exchange[str] = Exchange(connection, service=Flood())
+    exchange.process(0.0, [("r", encode(Hello(session="s", peer=Peer())))])
+    [(_, frame)] = exchange.process(0.0, [("r", encode(Call(id=1, requests=(b"",))))])
+    refused = decode_from_broker(frame)
+    assert isinstance(refused, Refused)
+    assert isinstance(refused.failure.to_exception(), MessageTooLargeError)
+    connection.close()
+
+
+def test_without_a_service(path: Path) -> None:
+    """A call to a broker that has no service had no effect; one without requests is still good for acknowledgements."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    exchange: Exchange[str] = Exchange(connection)
+    exchange.process(0.0, [("r", encode(Hello(session="s", peer=Peer())))])
+    said = exchange.process(0.0, [("r", encode(Call(id=1, requests=(b"x",)))), ("r", encode(Call(id=2, requests=())))])
+    refused, done = (decode_from_broker(frame) for _, frame in said)
+    assert isinstance(refused, Refused)
+    assert isinstance(refused.failure.to_exception(), NotDeliveredError)
+    assert done == CallDone(id=2, answers=())
+    connection.close()
+
+
+def test_tasks_of_the_brokers_own(desk: Desk) -> None:
+    """`put` stores tasks, each unless its key is pending, with ids that no later start uses again."""
+    desk.exchange.put(0.0, [NewTask(queue="q", key="a"), NewTask(queue="q", key="a"), NewTask(queue="q", key="b")])
+    assert len(desk.tasks()) == 2
+
+
+# --- routes and sessions ---
+
+
+def test_a_session_moves_to_its_newest_route(desk: Desk) -> None:
+    """After `Hello` on another route the old one is a stranger, and everything is sent to the new one."""
+    desk.hello("old", "bob", queues=(("default", 5),))
+    desk.hello("ann", "ann")
+    desk.hello("new", "bob", queues=(("default", 5),))
+    assert desk.say(("old", Heartbeat())) == [("old", HelloNeeded())]
+    assert [route for route, message in desk.say(("ann", send(1))) if isinstance(message, TaskDelivery)] == ["new"]
+
+
+def test_a_route_that_changes_its_session(desk: Desk) -> None:
+    """A connection speaks for the session that said `Hello` on it last; the other one is away, not gone."""
+    desk.hello("r", "ann")
+    desk.hello("r", "bob")
+    assert set(desk.exchange.sessions()) == {"ann", "bob"}
+    assert desk.exchange.statistics().broker.connected == 1
+
+
+def test_news_of_sessions(desk: Desk) -> None:
+    """`on_session` tells, after the commit, who came and who is gone."""
+    news: list[tuple[str, Peer | None]] = []
+    desk.exchange.on_session = lambda session, peer: news.append((session, peer))
+    desk.hello("r", "ann")
+    desk.hello("r", "ann")
+    desk.hello("s", "bob")
+    assert desk.say(("r", Goodbye(id=1))) == [("r", Done(id=1))]
+    desk.exchange.expire(0.0, ["bob"])
+    assert news == [("ann", Peer()), ("bob", Peer()), ("ann", None), ("bob", None)]
+    assert desk.say(("r", Heartbeat())) == [("r", HelloNeeded())]
+
+
+def test_a_dropped_route(desk: Desk) -> None:
+    """Its session lives; what is meant for it is not sent."""
+    desk.hello("r", "ann")
+    desk.exchange.drop_route("r")
+    desk.exchange.drop_route("r")
+    assert set(desk.exchange.sessions()) == {"ann"}
+    assert desk.hello("r", "ann") == [("r", Welcome(broker_epoch=1))]
+    assert desk.say(("r", Heartbeat())) == [("r", Alive())]
+
+
+def test_nonsense_is_counted_and_then_ignored(desk: Desk) -> None:
+    """Each piece is answered with its reason and changes nothing; after too many the route is not heard any more."""
+    desk.hello("r", "ann")
+    for _ in range(MAX_PROTOCOL_ERRORS):
+        [(_, violation)] = desk.say(("r", b"nonsense"))
+        assert isinstance(violation, Violation)
+    assert desk.say(("r", b"nonsense"), ("r", Heartbeat())) == []
+    assert desk.exchange.statistics().protocol_errors == MAX_PROTOCOL_ERRORS
+    assert desk.hello("other", "bob") == [("other", Welcome(broker_epoch=1))]
+
+
+def test_what_a_call_made_true_is_told_after_its_commit(path: Path) -> None:
+    """The service's broadcasts reach whoever listens; those of a call that was undone reach nobody."""
+
+    class Announcer:
+        def execute(self, request: bytes, session: str) -> Served:
+            if request == b"refuse":
+                raise InvalidStateError("finished", "waiting")
+            return Served(answer=b"", broadcasts=(NewBroadcast(sender="p", subject="s", body=request),))
+
+    connection = sqlite3.connect(path, isolation_level=None)
+    exchange: Exchange[str] = Exchange(connection, service=Announcer())
+    hello = Hello(session="listener", peer=Peer(), patterns=((1, "p", "s"),))
+    exchange.process(0.0, [("l", encode(hello)), ("r", encode(Hello(session="s", peer=Peer())))])
+    said = exchange.process(
+        0.0,
+        [
+            ("r", encode(Call(id=1, requests=(b"a", b"refuse")))),
+            ("r", encode(Call(id=2, requests=(b"b",), acks=(("t", 1),)))),
+        ],
+    )
+    heard = [decode_from_broker(frame) for route, frame in said if route == "l"]
+    assert heard == [BroadcastDelivery(body=b"b", sender="p", subject="s")]
+    connection.close()
+
+
+def test_keys_that_have_a_task(desk: Desk) -> None:
+    """A key has a task while one of it is pending or held."""
+    assert not desk.exchange.has_task("k")
+    desk.hello("b", "bob", queues=(("default", 5),))
+    desk.exchange.put(0.0, [NewTask(queue="elsewhere", key="k")])
+    assert desk.exchange.has_task("k")
+    said = desk.say(("b", TaskSend(id=1, task="t1", body=b"", key="j")))
+    assert desk.exchange.has_task("j")
+    [delivery] = [message for _, message in said if isinstance(message, TaskDelivery)]
+    desk.say(("b", TaskAck(id=2, task="t1", epoch=delivery.epoch)))
+    assert not desk.exchange.has_task("j")
