@@ -219,6 +219,14 @@ def test_said_again_is_stored_once(bench: Bench) -> None:
     assert bench.stored == []
 
 
+def test_a_task_has_one_id(bench: Bench) -> None:
+    """Even if its answers are forgotten, a task that is there is not stored again."""
+    bench.say("ann", send(1))
+    bench.stored.clear()
+    assert bench.say("cat", send(1)) == [("cat", TaskStored(id=1, task="t1", stored=True))]
+    assert not [effect for effect in bench.stored if isinstance(effect, StoreTask)]
+
+
 def test_seen_answers_are_forgotten(bench: Bench) -> None:
     """What the client has seen is dropped; asking for it again is answered with "nobody knows", never done again."""
     bench.say("ann", send(1))
@@ -305,6 +313,14 @@ def test_a_returned_task_is_merged_with_its_equal(bench: Bench) -> None:
     assert isinstance(result.outcome.to_exception(), IndeterminateError)
     [(_, delivery)] = bench.deliveries(sends)
     assert (delivery.task, delivery.attempt) == ("t2", 2)
+
+
+def test_who_leaves_may_wait_for_what_is_merged(bench: Bench) -> None:
+    """A session that waits for the result of a task that it holds, and that has an equal, can be gone too."""
+    bench.say("bob", send(1, key="k", want_result=True))
+    bench.say("bob", send(2, key="k", want_result=True))
+    bench.take(bench.core.expired("bob"))
+    assert bench.core.statistics().pending == {"default": 1}
 
 
 def test_a_full_disk_refuses_new_tasks_only(bench: Bench) -> None:

@@ -346,6 +346,15 @@ class BrokerMachine(RuleBasedStateMachine):
             believers = [peer.session for peer in self.peers.values() if peer.held.get(task) == epoch]
             assert believers in ([], [session])
 
+    @invariant()
+    def what_a_peer_holds_it_has_or_it_is_on_the_way(self) -> None:
+        for peer in self.peers.values():
+            if self._known(peer):
+                here = set(peer.held.items())
+                coming = {(one.task, one.epoch) for one in peer.inbox if isinstance(one, TaskDelivery)}
+                theirs = {(task, epoch) for task, (session, epoch) in self.holder.items() if session == peer.session}
+                assert theirs <= here | coming
+
     def _everything_left_is_delivered(self) -> None:
         """Whatever happened: when all others are gone, one that takes everything gets everything, once."""
         for name in PEERS:

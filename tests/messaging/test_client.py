@@ -224,10 +224,8 @@ def test_in_hand_until_confirmed(line: Line, kind: type[TaskAck] | type[TaskNack
 def test_a_call_that_acknowledges(line: Line) -> None:
     """Its tasks leave the hand when it is answered, not when it is refused."""
     line.hear(delivery(5))
-    for answer, held in (
-        (Refused(id=1, failure=outcome_of(BusyError("no"))), {"t": 5}),
-        (CallDone(id=2, answers=()), {}),
-    ):
+    refused = Refused(id=1, failure=outcome_of(BusyError("no")))
+    for answer, held in ((refused, {"t": 5}), (CallDone(id=2, answers=()), {})):
         line.core.ask(line.now, lambda id: Call(id=id, requests=(), acks=(("t", 5),)))
         line.hear(answer)
         assert line.core.held == held

@@ -332,13 +332,8 @@ def test_what_a_call_made_true_is_told_after_its_commit(path: Path) -> None:
     exchange: Exchange[str] = Exchange(connection, service=Announcer())
     hello = Hello(session="listener", peer=Peer(), patterns=((1, "p", "s"),))
     exchange.process(0.0, [("l", encode(hello)), ("r", encode(Hello(session="s", peer=Peer())))])
-    said = exchange.process(
-        0.0,
-        [
-            ("r", encode(Call(id=1, requests=(b"a", b"refuse")))),
-            ("r", encode(Call(id=2, requests=(b"b",), acks=(("t", 1),)))),
-        ],
-    )
+    calls = Call(id=1, requests=(b"a", b"refuse")), Call(id=2, requests=(b"b",), acks=(("t", 1),))
+    said = exchange.process(0.0, [("r", encode(call)) for call in calls])
     heard = [decode_from_broker(frame) for route, frame in said if route == "l"]
     assert heard == [BroadcastDelivery(body=b"b", sender="p", subject="s")]
     connection.close()

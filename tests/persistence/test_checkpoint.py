@@ -47,6 +47,7 @@ from prunus.persistence.checkpoint import (
     encode_value,
     type_loader,
 )
+from prunus.processes import ProcessResult, ProcessState
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -549,6 +550,13 @@ class TestYaml:
 # --- the golden corpus: written once, loaded for ever -----------------------------------------------
 
 
+RESULTS = [
+    ProcessResult("child-1", ProcessState.FINISHED, {"y": 4, "cell": {"a": 3.6}}, 0),
+    ProcessResult("child-2", ProcessState.EXCEPTED, failure=Failure("ValueError", "bad", "Traceback ...")),
+    ProcessResult("child-3", ProcessState.KILLED, {}, None, "enough"),
+]
+
+
 def read_golden(name: str) -> bytes:
     return base64.b64decode((GOLDEN / name).read_text())
 
@@ -593,8 +601,15 @@ class TestGolden:
             "failure": Failure("ValueError", "bad", "Traceback ...", Failure("KeyError", "'x'")),
         }
         assert same(decode_checkpoint(read_golden("format1_tags.b64")).snapshot(), expected)
-        covered = {Tag[name.upper()] for name in expected} | {Tag.ENUM, Tag.DATACLASS}
-        assert covered == set(Tag)
+        elsewhere = {Tag.ENUM, Tag.DATACLASS, Tag.RESULT, Tag.NAMESPACE}
+        assert {Tag[name.upper()] for name in expected} | elsewhere == set(Tag)
+
+    def test_results_of_format_1_load(self) -> None:
+        """What a work chain has in its context: the results of its children, and what it took out of them."""
+        snapshot = decode_checkpoint(read_golden("format1_results.b64")).snapshot()
+        assert snapshot["results"] == RESULTS
+        assert snapshot["outputs"] == RESULTS[0].outputs
+        assert snapshot["outputs"].cell.a == 3.6
 
     def test_enums_and_dataclasses_of_format_1_load(self, lab: ModuleType) -> None:
         """They are found under the name of their class."""

@@ -106,6 +106,8 @@ def test_nothing_is_overwritten(home: Path) -> None:
     Profile.create(".prunus")
     with pytest.raises(ProfileError, match="a profile already"):
         Profile.create(".prunus")
+    (home / "empty").mkdir(mode=0o755)
+    assert stat.S_IMODE(Profile.create("empty").path.stat().st_mode) == 0o700
     (home / "x").mkdir(mode=0o755)
     (home / "x" / "file").touch()
     with pytest.raises(ProfileError, match="not an empty folder"):
@@ -220,7 +222,7 @@ def test_the_limit_holds_for_real_paths(home: Path) -> None:
 
 
 def test_a_copied_profile_has_a_socket_of_its_own(home: Path, short: Path) -> None:
-    """The note of the original does not count for the copy."""
+    """Though the note of the original comes with it."""
     import shutil
 
     profile = Profile.create(f"{'x' * 200}/.prunus")

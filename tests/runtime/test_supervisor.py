@@ -439,6 +439,7 @@ async def test_a_deaf_worker_that_was_adopted_is_killed(stage: Stage) -> None:
         first.wait()
         assert await daemon.stop(stage.profile)
         assert not is_alive(pid)
+        assert read_wish(stage.profile) is None
 
 
 async def test_a_second_daemon_is_refused(stage: Stage) -> None:

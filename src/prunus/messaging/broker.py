@@ -525,10 +525,10 @@ class BrokerCore:
             del self._identifiers[identifier]
         for subscription in list(known.patterns):
             self._remove_pattern(session, known, subscription)
-        for task_id in list(known.held):
-            self._give_back(self._tasks[task_id], owner=known)
         for task_id in list(known.waits):
             self._forget_waiter(self._tasks[task_id], session, known)
+        for task_id in list(known.held):  # after that: one that is merged with its equal has no waiters here any more
+            self._give_back(self._tasks[task_id], owner=known)
         for key in list(known.asked):
             question = self._questions[key]
             self._forget_question(key, known)

@@ -52,6 +52,8 @@ from prunus.errors import (
     ProcessClassNotFoundError,
     UnsavableValueError,
 )
+from prunus.processes.namespaces import FrozenNamespace, freeze, thaw
+from prunus.processes.result import ProcessResult
 
 FORMAT = 1
 """The format that is written. All formats from 1 to this one are read."""
@@ -90,6 +92,8 @@ class Tag(enum.IntEnum):
     ENUM = 16
     DATACLASS = 17
     FAILURE = 18
+    RESULT = 19
+    NAMESPACE = 20
 
 
 class _Envelope(msgspec.Struct, array_like=True, frozen=True):
@@ -355,6 +359,14 @@ def _failure(value: Failure, depth: int) -> Ext:
         raise _Unsavable(f"{_describe(value)} with facts that are not plain") from error
 
 
+def _result(value: ProcessResult, depth: int) -> Ext:
+    return _tagged(Tag.RESULT, _dict(value.to_data(), depth))
+
+
+def _namespace(value: FrozenNamespace, depth: int) -> Ext:
+    return _tagged(Tag.NAMESPACE, [_dict(thaw(value), depth), value._about])
+
+
 def _datetime(value: datetime, depth: int) -> Ext:
     return _tagged(Tag.DATETIME, [value.replace(tzinfo=None).isoformat(), value.fold, _zone(value.tzinfo)])
 
@@ -439,6 +451,8 @@ _FORMS: dict[type, Callable[[Any, int], Any]] = {
     datetime: _datetime,
     timedelta: lambda value, depth: _tagged(Tag.TIMEDELTA, [value.days, value.seconds, value.microseconds]),
     Failure: _failure,
+    ProcessResult: _result,
+    FrozenNamespace: _namespace,
 }
 """By exact type: a subclass is another type, and would come back as less than it was."""
 
@@ -533,8 +547,10 @@ class _Shower(_Reader):
 
     def _build(self, code: int, form: Any) -> Any:
         match code:
-            case Tag.TUPLE | Tag.SET | Tag.FROZENSET | Tag.FAILURE | Tag.BIG_INT:
+            case Tag.TUPLE | Tag.SET | Tag.FROZENSET | Tag.FAILURE | Tag.RESULT | Tag.BIG_INT:
                 shown = form
+            case Tag.NAMESPACE:
+                shown = form[0]
             case Tag.PAIRS:
                 shown = _two(form)
             case Tag.ODD_TEXT:
@@ -578,6 +594,8 @@ _BUILD: dict[int, Callable[[Any], Any]] = {
     Tag.DATETIME: lambda form: datetime.fromisoformat(form[0]).replace(fold=form[1], tzinfo=_build_zone(form[2])),
     Tag.TIMEDELTA: lambda form: timedelta(*form),
     Tag.FAILURE: lambda form: msgspec.convert(form, Failure),
+    Tag.RESULT: ProcessResult.from_data,
+    Tag.NAMESPACE: lambda form: freeze(form[0], form[1]),
 }
 
 _READER = _Reader(type_loader())

@@ -7,22 +7,28 @@ when it is set, a spec when a port is defined with it (`RESERVED`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 RESERVED = frozenset({"get", "items", "keys", "values"})
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class FrozenNamespace(Mapping[str, Any]):
     """A mapping that never changes, whose items are attributes too.
 
-    `about` begins the message of the error for a missing name: ``<about> has no 'x'; there are: a, b``. (It is a
-    dataclass so that a checkpoint can hold it wherever a user puts it.)
+    `about` begins the message of the error for a missing name: ``<about> has no 'x'; there are: a, b``.
     """
 
-    _items: dict[str, Any]
-    _about: str = "this namespace"
+    __slots__ = ("_about", "_items")
+
+    def __init__(self, items: dict[str, Any], about: str = "this namespace") -> None:
+        object.__setattr__(self, "_items", items)
+        object.__setattr__(self, "_about", about)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{self._about} can't be changed")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{self._about} can't be changed")
 
     def __getitem__(self, name: str) -> Any:
         try:

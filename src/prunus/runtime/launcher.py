@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from prunus.errors import (
     CheckpointNotFoundError,
+    CommunicatorClosedError,
     PersistenceError,
     ProcessClassNotFoundError,
     ProtocolError,
@@ -81,11 +82,14 @@ class Launcher:
         if claim.record.is_terminal:
             return
         try:
-            process = await self._load(claim)
+            await self._drive(Runner(await self._load(claim), claim, task, backend))
+        except CommunicatorClosedError:
+            raise  # nobody hears us any more; the broker gives the process to somebody else
         except _CANT_CONTINUE as error:
             await self._set_aside(claim, task, str(error))
-            return
-        await self._drive(Runner(process, claim, task, backend))
+        except Exception as error:  # the worker's outermost loop: a defect must not leave the process with nobody
+            logger.exception("driving process %s failed; it is set aside", pid)
+            await self._set_aside(claim, task, f"driving it failed with {type(error).__name__}: {error}")
 
     async def _drive(self, runner: Runner) -> None:
         pid = runner.process.pid

@@ -14,6 +14,7 @@ the path of the folder is too long for a Unix socket, the first who asks writes 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -232,31 +233,32 @@ class Profile:
 
     def _short_socket(self) -> Path:
         """A socket outside of the profile. The environment may differ between a shell and a cron job, so the first
-        choice is written down and holds for all, as long as its folder can be used."""
-        note = self.run_folder / "socket"
+        choice of a folder is written down and holds for all, as long as that folder can be used."""
+        note = self.run_folder / "socket_folder"
         name = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:24] + ".sock"
-        try:
-            noted = Path(note.read_text(encoding="utf-8").strip())
-            if noted.name == name:  # a copied profile brings the note of the original
-                return private_folder(noted.parent) / name
-        except (OSError, ValueError, ProfileError):
-            pass  # never noted, or its folder is gone for good: choose again
-        own = f"prunus-{os.getuid()}"
+        with contextlib.suppress(OSError, ValueError, ProfileError):  # never noted, or gone for good: choose
+            return private_folder(Path(note.read_text(encoding="utf-8").strip())) / name
         bases = [os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"]
-        candidates = [Path(base) / own for base in bases if base and os.path.isabs(base)]
-        fits = [c for c in candidates if len(os.fsencode(c / name)) <= MAX_SOCKET_PATH_BYTES and c.parent.is_dir()]
-        for folder in fits:
-            try:
-                socket = private_folder(folder) / name
-            except ProfileError:
-                if folder is fits[-1]:
-                    raise
+        reasons = []
+        for base in bases:
+            if not base or not os.path.isabs(base) or not os.path.isdir(base):
                 continue
-            temporary = note.with_name(f"socket.{os.getpid()}")
-            temporary.write_text(f"{socket}\n", encoding="utf-8")
+            folder = Path(base) / f"prunus-{os.getuid()}"
+            if len(os.fsencode(folder / name)) > MAX_SOCKET_PATH_BYTES:
+                continue
+            try:
+                private_folder(folder)
+            except ProfileError as error:
+                reasons.append(str(error))
+                continue
+            temporary = note.with_name(f"{note.name}.{os.getpid()}")
+            temporary.write_text(f"{folder}\n", encoding="utf-8")
             temporary.replace(note)
-            return socket
-        raise ProfileError(f"the path of the profile {self.path} is too long for a socket; use a shorter one")
+            return folder / name
+        raise ProfileError(
+            f"the path of the profile {self.path} is too long for a socket, and there is no other place for one"
+            f"{''.join(f'; {reason}' for reason in reasons)}"
+        )
 
 
 def user_profiles() -> Path:
