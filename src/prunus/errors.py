@@ -306,7 +306,7 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
     message: str
     traceback: str = ""
     cause: Failure | None = None
-    facts: dict[str, Any] = {}  # noqa: RUF012 (msgspec copies it per instance)
+    facts: dict[str, Any] = {}
 
     @classmethod
     def of(cls, error: BaseException, _depth: int = 0) -> Failure:

@@ -114,7 +114,7 @@ class Communicator(Protocol):
         want_result: bool = False,
     ) -> TaskReceipt:
         """Store a task. At most one task of a `(queue, key)` is pending, and at most one of a key is held: a second
-        pending one is not stored again. `priority` 0–9, the highest first; oldest first within one."""
+        pending one is not stored again. `priority` 0 to 9, the highest first; oldest first within one."""
         ...
 
     async def rpc_send(self, recipient: str, body: bytes, *, timeout_s: float = RPC_TIMEOUT_S) -> bytes: ...

@@ -81,7 +81,8 @@ class Inbox:
         self.most = 0
 
     async def __call__(self, task: IncomingTask) -> bytes | None:
-        end = self.in_hand[task.id] = asyncio.get_running_loop().create_future()
+        end: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+        self.in_hand[task.id] = end
         running = asyncio.current_task()
         assert running is not None
         self.running[task.id] = running
