@@ -10,12 +10,17 @@ import time
 from benchmarks.run import Report
 
 ROUNDS = 9
+HELP = "import sys; sys.argv = ['prunus', '--help']; from prunus.runtime.cli import main; main()"
 
 
 def measure(report: Report) -> None:
     bare = run_ms("import asyncio")
     report.add("import prunus, beyond import asyncio", run_ms("import asyncio, prunus") - bare, "ms")
-    report.add("prunus --help", run_ms("import sys; sys.argv = ['prunus', '--help']; from prunus.runtime.cli import main; main()"), "ms")
+    report.add(
+        "prunus --help",
+        run_ms("import sys; sys.argv = ['prunus', '--help']; from prunus.runtime.cli import main; main()"),
+        "ms",
+    )
 
 
 def run_ms(code: str) -> float:

@@ -69,6 +69,7 @@ class BrokerMachine(RuleBasedStateMachine):
         self.peers = {name: _Peer(name) for name in PEERS}
         self.accepted: dict[str, tuple[str, str | None]] = {}
         self.settled: set[str] = set()
+        self.merged: set[str] = set()
         self.settling: str | None = None
         self.holder: dict[str, tuple[str, int]] = {}
         self.epochs: dict[str, int] = {}
@@ -122,6 +123,7 @@ class BrokerMachine(RuleBasedStateMachine):
         if task in self.settled:
             return  # now, or earlier: then nobody waits for its result any more
         queue, key = self.accepted.pop(task)
+        self.merged.add(task)
         assert key is not None, "only its holder ends a task without a key"
         pending = [one.task.id for one in self.store.load().tasks if one.holder is None and one.task.id != task]
         assert any(self.accepted.get(other) == (queue, key) for other in pending), "lost"
@@ -155,7 +157,7 @@ class BrokerMachine(RuleBasedStateMachine):
                 case HelloNeeded():
                     peer.connected = False
                 case TaskStored():
-                    assert message.task in self.accepted or message.task in self.settled
+                    assert message.task in self.accepted.keys() | self.settled | self.merged
         peer.inbox.clear()
         if not peer.connected:
             self.core.disconnected(peer.session)
@@ -207,7 +209,7 @@ class BrokerMachine(RuleBasedStateMachine):
             self._send(peer, peer.said[which % len(peer.said)])
 
     def _send(self, peer: _Peer, message: TaskSend) -> None:
-        first = message.task not in self.accepted and message.task not in self.settled
+        first = message.task not in self.accepted.keys() | self.settled | self.merged
         if first:
             self.accepted[message.task] = message.queue, message.key
         before = self.core.statistics().accepted

@@ -6,6 +6,7 @@ import itertools
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -465,3 +466,19 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStoreMachine = StoreMachine.TestCase
 TestStoreMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_database_in_which_somebody_waits_is_sound_when_it_is_opened_again(tmp_path: Path) -> None:
+    """Every table has rows when the file is checked: waits, letters, tags, history, results."""
+    path = tmp_path / "prunus.db"
+    with closing(open_database(path)) as connection:
+        store = ProcessStore(connection)
+        store.create(new("child", tags=("t",)))
+        store.create(new("other"))
+        end(store, "other")
+        parked(store, waits=("child", "other"))
+        store.post("p", b"letter")
+    with closing(open_database(path)) as connection:
+        store = ProcessStore(connection)
+        assert store.unheld_work() == Effects(runnable=("child",), called=("p",))
+        assert end(store, "child") == Effects(runnable=("p",))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from prunus import Process, ProcessSpec, Stop, Wait, WorkChain, append_, while_
 
@@ -121,6 +122,50 @@ class Nest(WorkChain):
 
     async def end(self) -> Stop:
         return Stop(self.ctx.child.state.value)
+
+
+class Wander(WorkChain):
+    """Each step does one of the things that a step can do; `seed` says which, the same in each attempt.
+
+    Steps write their idempotency keys into `Wander.journal`. Those that are stuck end when `Wander.gate` opens.
+    """
+
+    run_sync_steps_in = "loop"
+    journal: ClassVar[list[str]] = []
+    gate: ClassVar[asyncio.Event] = asyncio.Event()
+
+    @classmethod
+    def define(cls, spec: ProcessSpec) -> None:
+        super().define(spec)
+        spec.input("seed", valid_type=int)
+        spec.input("steps", valid_type=int, default=5)
+        spec.input("depth", valid_type=int, default=1)
+        spec.outline(cls.begin, while_(cls.more)(cls.wander))
+
+    async def begin(self) -> None:
+        self.ctx.taken = 0
+
+    def more(self) -> bool:
+        return bool(self.ctx.taken < self.inputs.steps)
+
+    async def wander(self) -> Wait | None:
+        choice = random.Random(f"{self.inputs.seed} {self.ctx.taken}")
+        self.journal.append(self.idempotency_key)
+        self.ctx.taken += 1
+        for _ in range(choice.choice((0, 0, 1, 3, 30))):
+            await asyncio.sleep(0)
+        what = choice.random()
+        if what < 0.15:
+            return Wait(msg="for a message")
+        if what < 0.3 and self.inputs.depth:
+            for _ in range(choice.randint(1, 2)):
+                inputs = {"seed": choice.getrandbits(30), "steps": 2, "depth": self.inputs.depth - 1}
+                self.to_context(children=append_(self.submit(Wander, inputs)))
+        elif what < 0.35:
+            raise ZeroDivisionError("a step failed")
+        elif what < 0.45:
+            await self.gate.wait()
+        return None
 
 
 class Journal(WorkChain):

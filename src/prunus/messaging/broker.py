@@ -249,10 +249,15 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
 class BrokerCore:
     """See the module. Every method that takes `now` returns the effects in the order in which they must happen."""
 
-    def __init__(self, broker_epoch: int, now: float = 0.0, state: StoredState | None = None) -> None:
+    def __init__(
+        self, broker_epoch: int, now: float = 0.0, state: StoredState | None = None, *, lease_s: float = LEASE_S
+    ) -> None:
         self.broker_epoch = broker_epoch
         self.refuse_new: str | None = None
         """The path of the full disk: new tasks are refused with `StoreFullError`, everything else goes on."""
+        self.hold_back = False
+        """No task is delivered: whoever got one now could do nothing with it."""
+        self._lease_s = lease_s
         self._out: list[Effect] = []
         self._now = now
         self._deliveries = 0
@@ -294,7 +299,7 @@ class BrokerCore:
     def tick(self, now: float) -> list[Effect]:
         """Let time pass: leases end, rejected tasks are offered again, old questions are forgotten."""
         self._advance(now)
-        for session in [name for name, known in self._sessions.items() if now - known.last_heard > LEASE_S]:
+        for session in [name for name, known in self._sessions.items() if now - known.last_heard > self._lease_s]:
             self._leave(session, keep_answers=True)
         while self._delayed and self._delayed[0][0] <= now:
             _, _, task_id = heapq.heappop(self._delayed)
@@ -897,7 +902,7 @@ class BrokerCore:
                 identifier = self._questions[key].identifier
                 self._forget_question(key)
                 self._send(key[0], _refused(key[1], UnroutableError(identifier)))
-        while self._dirty:
+        while self._dirty and not self.hold_back:
             name, _ = self._dirty.popitem()
             self._dispatch(name)
         effects, self._out = self._out, []

@@ -16,10 +16,11 @@ Rules
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeGuard, TypeVar, assert_never
+from typing import TypeVar, assert_never
 
 import msgspec
 
@@ -148,7 +149,6 @@ class _Unanswered:
     message: Request
     frame: bytes
     asked_at: float
-    deadline: float | None
     said_to: int = 0
     """The epoch of the broker to which it was said first; 0: not yet."""
 
@@ -167,10 +167,13 @@ class ClientCore:
         self._was_up = False
         self._unanswered: dict[int, _Unanswered] = {}
         self._unanswered_bytes = 0
-        self._deadlines: dict[int, float] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        """A heap of (deadline, request); those that are answered meanwhile are skipped."""
         self._highest: OrderedDict[str, int] = OrderedDict()
-        self._awaited: dict[str, TaskResult | None] = {}
-        """Results waited for. The value is one that came before the answer to its `TaskSend`."""
+        self._awaited: dict[str, None] = {}
+        """Tasks whose result is waited for."""
+        self._expected: dict[str, TaskResult | None] = {}
+        """The same before their `TaskSend` is answered. The result may be here already."""
         self._queues: dict[str, int] = {}
         self._identifiers: dict[str, int] = {}
         self._patterns: dict[int, tuple[str | None, str | None]] = {}
@@ -235,8 +238,10 @@ class ClientCore:
     def tick(self, now: float) -> list[Event]:
         """Let time pass (see `due`)."""
         events: list[Event] = []
-        for request in [request for request, deadline in self._deadlines.items() if deadline <= now]:
-            events += self._give_up(request)
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request = heapq.heappop(self._deadlines)
+            if request in self._unanswered:
+                events += self._give_up(request)
         if self.up:
             if now - self._heard_at > SILENCE_S:
                 events.append(Reconnect(f"the broker was silent for {SILENCE_S:g} s"))
@@ -256,7 +261,9 @@ class ClientCore:
     def due(self) -> float:
         """When `tick` has something to do next, at the latest."""
         next_sign = self._beat_at + HEARTBEAT_S if self.up else self._hello_at + WELCOME_S
-        return min(next_sign, *self._deadlines.values()) if self._deadlines else next_sign
+        while self._deadlines and self._deadlines[0][1] not in self._unanswered:
+            heapq.heappop(self._deadlines)
+        return min(next_sign, self._deadlines[0][0]) if self._deadlines else next_sign
 
     def take(self) -> list[bytes]:
         """The frames to send, in order; they are handed over once."""
@@ -277,11 +284,10 @@ class ClientCore:
         ):
             raise BusyError(f"{len(self._unanswered):,} requests wait for the broker; try again later")
         self._next_id += 1
-        one = _Unanswered(message, frame, now, None if timeout_s is None else now + timeout_s)
-        self._unanswered[message.id] = one
+        self._unanswered[message.id] = one = _Unanswered(message, frame, now)
         self._unanswered_bytes += len(frame)
-        if one.deadline is not None:
-            self._deadlines[message.id] = one.deadline
+        if timeout_s is not None:
+            heapq.heappush(self._deadlines, (now + timeout_s, message.id))
         self._note(message)
         if self.up:
             self._say_request(one)
@@ -301,13 +307,12 @@ class ClientCore:
 
     def _hello(self, now: float) -> None:
         self._hello_at = self._heard_at = now
-        unconfirmed = [one.message.task for one in self._unanswered.values() if _wants_result(one.message)]
         hello = Hello(
             session=self.session,
             peer=self._peer,
             held=tuple(self.held.items()),
-            awaited=tuple(task for task in self._awaited if task not in unconfirmed),
-            expected=tuple(unconfirmed),
+            awaited=tuple(self._awaited),
+            expected=tuple(self._expected),
             queues=tuple(self._queues.items()),
             identifiers=tuple(self._identifiers.items()),
             patterns=tuple((number, sender, subject) for number, (sender, subject) in self._patterns.items()),
@@ -365,7 +370,7 @@ class ClientCore:
                 self._patterns.pop(message.subscription, None)
             case TaskSend():
                 if message.want_result:
-                    self._awaited[message.task] = None
+                    self._expected[message.task] = None
             case TaskAck() | TaskNack() | RpcRequest() | BroadcastSend() | Call() | Goodbye():
                 pass
             case _:
@@ -378,7 +383,7 @@ class ClientCore:
         events: list[Event] = [Answered(answer.id, answer)]
         match one.message:
             case TaskSend(want_result=True) if isinstance(answer, TaskStored):
-                early = self._awaited.pop(one.message.task, None)
+                early = self._expected.pop(one.message.task, None)
                 self._awaited[answer.task] = None
                 if early is not None:
                     events += self._result(early)
@@ -397,10 +402,9 @@ class ClientCore:
         return events
 
     def _result(self, message: TaskResult) -> list[Event]:
+        if message.task in self._expected:
+            self._expected[message.task] = message
         if message.task not in self._awaited:
-            return []
-        if any(_wants_result(one.message) and one.message.task == message.task for one in self._unanswered.values()):
-            self._awaited[message.task] = message
             return []
         del self._awaited[message.task]
         self._say(ResultSeen(task=message.task))
@@ -418,7 +422,7 @@ class ClientCore:
             case BroadcastSubscribe():
                 self._patterns.pop(one.message.subscription, None)
             case TaskSend():
-                self._awaited.pop(one.message.task, None)
+                self._expected.pop(one.message.task, None)
             case _:
                 pass
         return [Failed(request, error)]
@@ -432,12 +436,7 @@ class ClientCore:
         one = self._unanswered.pop(request, None)
         if one is not None:
             self._unanswered_bytes -= len(one.frame)
-            self._deadlines.pop(request, None)
         return one
-
-
-def _wants_result(message: Request) -> TypeGuard[TaskSend]:
-    return isinstance(message, TaskSend) and message.want_result
 
 
 def result_or_raise(outcome: Outcome) -> bytes:

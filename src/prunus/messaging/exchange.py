@@ -20,8 +20,8 @@ from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
-from prunus.errors import MessagingError, NotDeliveredError, ProtocolError, PrunusError
-from prunus.messaging.broker import BrokerCore, Effect, ForgetSession, SaveSession, Send, Statistics
+from prunus.errors import MessagingError, NotDeliveredError, ProtocolError, PrunusError, StoreFullError
+from prunus.messaging.broker import LEASE_S, BrokerCore, Effect, ForgetSession, SaveSession, Send, Statistics
 from prunus.messaging.messages import (
     BrokerMessage,
     Call,
@@ -83,9 +83,14 @@ class Service(Protocol):
 class BrokerStoppedError(MessagingError):
     """The database refused something: nothing was sent, this process must end and start again from the disk."""
 
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
+    def __init__(self, reason: str, full: bool = False) -> None:
+        self.reason, self.full = reason, full
         super().__init__(f"the broker stops: {reason}; what was confirmed is safe, the rest will be said again")
+
+    @classmethod
+    def of(cls, error: sqlite3.Error) -> BrokerStoppedError:
+        """What SQLite said. `full`: the disk is full; with space again the same would be done."""
+        return cls(str(error), full=getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL)
 
 
 class ExchangeStatistics(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,13 +112,16 @@ class Exchange(Generic[Route]):
         *,
         service: Service | None = None,
         now: float = 0.0,
+        lease_s: float = LEASE_S,
         failpoint: Callable[[str], None] = lambda name: None,
         on_session: Callable[[str, Peer | None], None] = lambda session, peer: None,
+        before_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
         """Read what is on disk and raise the broker epoch (one commit).
 
         `failpoint` is called with ``before_commit``, ``after_commit`` and (by the server) ``after_send``;
-        `on_session` when a session is known (with its process) or gone (None).
+        `on_session` when a session is known (with its process) or gone (None); `before_batch` with the bytes that
+        came, before anything is done with them.
         """
         if connection.isolation_level is not None:
             raise ValueError("open the connection with isolation_level=None: the exchange begins and commits itself")
@@ -121,6 +129,8 @@ class Exchange(Generic[Route]):
         self._service = service
         self.failpoint = failpoint
         self.on_session = on_session
+        self.before_batch = before_batch
+        self._refuse_changes: str | None = None
         self._routes: dict[str, Route] = {}
         self._sessions: dict[Route, str] = {}
         self._offences: OrderedDict[Route, int] = OrderedDict()
@@ -133,15 +143,17 @@ class Exchange(Generic[Route]):
         try:
             self._begin()
             self._store = TaskStore(connection)
-            self._core = BrokerCore(self._store.next_broker_epoch(), now, self._store.load())
+            self._core = BrokerCore(self._store.next_broker_epoch(), now, self._store.load(), lease_s=lease_s)
             connection.execute("COMMIT")
         except sqlite3.Error as error:
-            raise BrokerStoppedError(str(error)) from error
+            raise BrokerStoppedError.of(error) from error
 
     # --- what happens ---
 
     def process(self, now: float, frames: Iterable[tuple[Route, bytes]]) -> list[tuple[Route, bytes]]:
         """Deal with frames that arrived together; what to send, all of it durable. Raises `BrokerStoppedError`."""
+        frames = list(frames)
+        self.before_batch(sum(len(frame) for _, frame in frames))
 
         def work() -> None:
             for route, frame in frames:
@@ -189,6 +201,17 @@ class Exchange(Generic[Route]):
         self._core.refuse_new = path
 
     @property
+    def refuse_changes(self) -> str | None:
+        """The path of the disk on which nothing fits any more: calls that would change something are refused with
+        `StoreFullError`, and no task is delivered. What only reads goes on."""
+        return self._refuse_changes
+
+    @refuse_changes.setter
+    def refuse_changes(self, path: str | None) -> None:
+        self._refuse_changes = path
+        self._core.hold_back = path is not None
+
+    @property
     def broker_epoch(self) -> int:
         """How often this database was opened by a broker."""
         return self._core.broker_epoch
@@ -226,8 +249,11 @@ class Exchange(Generic[Route]):
                 else:
                     self._connection.execute("ROLLBACK")
         except sqlite3.Error as error:
-            self._stopped = BrokerStoppedError(str(error))
+            self._stopped = BrokerStoppedError.of(error)
             raise self._stopped from error
+        except BrokerStoppedError as error:
+            self._stopped = error
+            raise
         self._written = False
         sends, self._sends = self._sends, []
         news, self._news = self._news, []
@@ -323,9 +349,13 @@ class Exchange(Generic[Route]):
         try:
             served = [self._execute(request, session) for request in call.requests]
             frame = encode(CallDone(id=call.id, answers=tuple(one.answer for one in served)))
+            if self._refuse_changes is not None and (call.acks or self._connection.total_changes != changes):
+                raise StoreFullError(self._refuse_changes)
         except sqlite3.Error:
             raise
         except Exception as error:  # the service's error is an answer to its caller, whatever it is
+            if not self._connection.in_transaction:  # on a full disk SQLite undoes the whole batch, not this call alone
+                raise BrokerStoppedError(str(error), full=isinstance(error, StoreFullError)) from error
             if not isinstance(error, PrunusError):
                 logger.exception("the service failed; the call was undone and its caller is told")
             self._connection.execute("ROLLBACK TO call")

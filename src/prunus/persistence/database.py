@@ -116,8 +116,11 @@ def checkpoint_wal(connection: sqlite3.Connection) -> bool:
 
 
 def find_damage(connection: sqlite3.Connection) -> list[str]:
-    """What SQLite finds wrong with the file; empty if all is well. Reads the whole file."""
-    found = [str(line) for [line] in connection.execute("PRAGMA quick_check(10)")]
+    """What SQLite finds wrong with the file; empty if all is well. Reads the whole file.
+
+    Not ``quick_check``: that of SQLite 3.40 takes sound rows of tables without a rowid for damaged ones.
+    """
+    found = [str(line) for [line] in connection.execute("PRAGMA integrity_check(10)")]
     return [] if found == ["ok"] else found
 
 

@@ -263,7 +263,9 @@ class Process:
 
     @property
     def status(self) -> str | None:
-        """A line for people."""
+        """A line for people: what the process says of itself, or else what it waits for."""
+        if self._status is None and isinstance(self._state, Waiting):
+            return self._state.message
         return self._status
 
     @property

@@ -1,0 +1,205 @@
+"""The whole way: a supervisor, a broker and workers as OS processes, and this one as the controller.
+
+Every launch, every step and every end is on the disk before anybody is told of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import statistics
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+import psutil
+
+from benchmarks import workload
+from benchmarks.clock import percentile
+from benchmarks.run import Report
+from benchmarks.services import Services
+from prunus.errors import ConnectionLostError
+from prunus.runtime.controller import ProcessController, ProcessHandle, connect
+from prunus.runtime.supervisor import HEALTHY_S
+
+READY_S = 30.0
+LOOK_S = 0.02
+STEPS_WARM_UP_S, STEPS_S = 0.7, 2.0
+FIRST_STEPS = 150
+SHORT_PROCESSES = 1500
+LAUNCHES_AT_ONCE = 64
+IDLE_S = 5.0
+PACED = 8
+WORKER_KILLS = 5
+BROKER_KILLS = 4
+"""With a pause of `HEALTHY_S` before each: a broker that dies too often is started again more and more slowly."""
+
+
+async def measure(report: Report) -> None:
+    report.doing("a daemon with one worker starts")
+    async with running(workers=1, slots=64) as daemon:
+        for at_once in (1, 8, 64):
+            rate, commits = await daemon.steps(at_once)
+            report.add(f"steps with durable checkpoints, {at_once} processes ({commits:,.0f} commits/s)", rate, "/s")
+    report.doing("a daemon with two workers starts")
+    async with running(workers=2) as daemon:
+        waits = await daemon.first_steps_ms()
+        report.add("launch to first step, idle daemon, p50", percentile(waits, 0.5), "ms")
+        report.add("launch to first step, idle daemon, p99", percentile(waits, 0.99), "ms")
+        rate, commits = await daemon.short_processes()
+        report.add(f"short processes, launched to finished ({commits:,.0f} commits/s)", rate, "/s")
+        report.doing(f"doing nothing for {IDLE_S:g} s")
+        report.add("idle daemon, of one core", await daemon.idle_percent(), "%")
+        report.doing(f"killing workers, {WORKER_KILLS} times")
+        both(report, "worker killed to its processes claimed by another", await daemon.worker_kills_ms())
+        report.doing(f"killing the broker, {BROKER_KILLS} times")
+        both(report, "broker killed to first request answered", await daemon.broker_kills_ms())
+
+
+def both(report: Report, what: str, values: list[float]) -> None:
+    report.add(f"{what}, median", statistics.median(values), "ms")
+    report.add(f"{what}, worst of {len(values)}", max(values), "ms")
+
+
+@contextlib.asynccontextmanager
+async def running(**config: int) -> AsyncIterator[Daemon]:
+    """A daemon of so many workers; all of it ends with the context."""
+    with Services(**config) as services:
+        services.start("prunus.runtime.supervisor")
+        async with contextlib.AsyncExitStack() as stack:
+            async with asyncio.timeout(READY_S):
+                while True:
+                    try:
+                        controller = await stack.enter_async_context(connect(services.profile))
+                        break
+                    except ConnectionLostError:
+                        continue
+            daemon = Daemon(services, controller, config["workers"])
+            await daemon.all_workers_are_there()
+            yield daemon
+
+
+@dataclass
+class Daemon:
+    services: Services
+    controller: ProcessController
+    workers: int
+
+    async def all_workers_are_there(self) -> None:
+        async def there() -> bool:
+            return bool((await self.controller.broker_statistics())["connected"] == self.workers + 1)
+
+        await until(there)
+
+    # --- how much ---
+
+    async def steps(self, at_once: int) -> tuple[float, float]:
+        """Steps and commits per second."""
+        begin = time.monotonic() + STEPS_WARM_UP_S
+        inputs = {"begin": begin, "end": begin + STEPS_S}
+        handles = await asyncio.gather(*(self.controller.launch(workload.Steps, inputs) for _ in range(at_once)))
+        await asyncio.sleep(begin - time.monotonic())
+        before = await self.controller.broker_statistics()
+        await asyncio.sleep(begin + STEPS_S - time.monotonic())
+        after = await self.controller.broker_statistics()
+        results = await asyncio.gather(*(handle.result(READY_S) for handle in handles))
+        total = sum(result.outputs.counted for result in results)
+        return total / STEPS_S, (after["commits"] - before["commits"]) / STEPS_S
+
+    async def first_steps_ms(self) -> list[float]:
+        """One after the other, each when the one before has ended."""
+        waits = []
+        for _ in range(FIRST_STEPS):
+            begun_ns = time.monotonic_ns()
+            handle = await self.controller.launch(workload.Short)
+            result = await handle.result(READY_S)
+            waits.append((result.outputs.begun_ns - begun_ns) / 1e6)
+        return waits[10:]  # the first ones import
+
+    async def short_processes(self) -> tuple[float, float]:
+        """Processes and commits per second, from the first launch to the last end."""
+        before = await self.controller.broker_statistics()
+        ended = before["processes"]["finished"] + SHORT_PROCESSES
+        begun = time.perf_counter()
+        left = iter(range(SHORT_PROCESSES))
+
+        async def launch() -> None:
+            for _ in left:
+                await self.controller.launch(workload.Short)
+
+        async def all_ended() -> bool:
+            return bool((await self.controller.broker_statistics())["processes"]["finished"] >= ended)
+
+        await asyncio.gather(*(launch() for _ in range(LAUNCHES_AT_ONCE)))
+        await until(all_ended)
+        taken = time.perf_counter() - begun
+        after = await self.controller.broker_statistics()
+        return SHORT_PROCESSES / taken, (after["commits"] - before["commits"]) / taken
+
+    # --- doing nothing ---
+
+    async def idle_percent(self) -> float:
+        """What supervisor, broker and workers use of one core."""
+
+        def cpu_s() -> float:
+            return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+        processes = [psutil.Process(pid) for pid in self.services.pids().values()]
+        before = cpu_s()
+        await asyncio.sleep(IDLE_S)
+        return (cpu_s() - before) / IDLE_S * 100
+
+    # --- after a kill -9 ---
+
+    async def worker_kills_ms(self) -> list[float]:
+        """Of each kill: until the last process of that worker was claimed by another one."""
+        handles = [await self.controller.launch(workload.Paced) for _ in range(PACED)]
+        times = [await self._kill_worker(handles) for _ in range(WORKER_KILLS)]
+        await self.controller.kill_all(force=True)
+        return times
+
+    async def _kill_worker(self, handles: list[ProcessHandle]) -> float:
+        held: list[ProcessHandle] = []
+        victim = 0
+
+        async def all_run() -> bool:
+            nonlocal held, victim
+            statuses = [(await handle.record()).status for handle in handles]
+            pids = [int(status) for status in statuses if status]
+            victim = max(pids, key=pids.count, default=0)
+            held = [handle for handle, status in zip(handles, statuses, strict=True) if status == str(victim)]
+            return len(pids) == len(handles) and victim in self.services.pids().values()
+
+        await self.all_workers_are_there()
+        await until(all_run)
+        killed_at = time.time()
+        os.kill(victim, signal.SIGKILL)
+        claimed: list[float] = []
+
+        async def all_claimed() -> bool:
+            claimed.clear()
+            for handle in held:
+                claimed.extend(e.at for e in await handle.history() if e.subject == "claimed" and e.at > killed_at)
+            return len(claimed) >= len(held)
+
+        await until(all_claimed)
+        return (max(claimed) - killed_at) * 1e3
+
+    async def broker_kills_ms(self) -> list[float]:
+        """Of each kill: until a request that was made at once is answered."""
+        times = []
+        for _ in range(BROKER_KILLS):
+            await asyncio.sleep(HEALTHY_S + 0.1)
+            begun = time.perf_counter()
+            os.kill(self.services.pids()["broker"], signal.SIGKILL)
+            await self.controller.broker_statistics()
+            times.append((time.perf_counter() - begun) * 1e3)
+        return times
+
+
+async def until(holds: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(READY_S):
+        while not await holds():  # noqa: ASYNC110 (what is waited for is in other OS processes)
+            await asyncio.sleep(LOOK_S)
