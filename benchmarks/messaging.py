@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import statistics
 import sys
 import time
 
@@ -109,4 +108,4 @@ async def local_rpc_us() -> float:
                 await communicator.rpc_send(ECHO, b"hello")
             rounds.append((time.perf_counter() - begun) / 300 * 1e6)
     broker.close()
-    return statistics.median(rounds)
+    return min(rounds)

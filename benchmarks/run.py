@@ -1,8 +1,8 @@
 """``make bench``: what Prunus costs, beside what plumpy and kiwipy cost for the same work in the same run.
 
-Figures are medians of several rounds, or what one steady run of some seconds gave. This machine, its disk and its
-other users are part of each of them: compare the ratios, and figures of one run with each other. Peers take part
-where they can do the same work without a server.
+Microseconds are those of the best of several rounds (theirs and ours), rates are what one steady run of some seconds
+gave. This machine, its disk and its other users are part of each figure: compare the ratios, and figures of one run
+with each other. Peers take part where they can do the same work without a server.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def main() -> None:
         if name not in SECTIONS:
             sys.exit(f"there is no section {name!r}; there are {', '.join(SECTIONS)}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # all that was started is ended, as with Ctrl-C
-    print(
-        f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, {disk()}"
-    )
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else all that we start compiles itself each time
+    system = f"{platform.system()} {platform.release()}"
+    print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {system}, {disk()}")
     report, begun = Report(), time.monotonic()
     try:
         for name in chosen:

@@ -30,15 +30,15 @@ class Steps(prunus.WorkChain):
         spec.input("begin", valid_type=float)
         spec.input("end", valid_type=float)
         spec.output("counted", valid_type=int)
-        spec.outline(cls.start, prunus.while_(cls.has_time)(cls.step), cls.finish)
+        spec.outline(cls.start, prunus.while_(cls.has_time)(cls.count), cls.finish)
 
     async def start(self) -> None:
         self.ctx.counted = 0
 
     def has_time(self) -> bool:
-        return time.monotonic() < self.inputs.end
+        return bool(time.monotonic() < self.inputs.end)
 
-    async def step(self) -> None:
+    async def count(self) -> None:
         self.ctx.counted += time.monotonic() >= self.inputs.begin
 
     async def finish(self) -> None:
@@ -51,11 +51,11 @@ class Paced(prunus.WorkChain):
     @classmethod
     def define(cls, spec: prunus.ProcessSpec) -> None:
         super().define(spec)
-        spec.outline(prunus.while_(cls.always)(cls.step))
+        spec.outline(prunus.while_(cls.always)(cls.nap))
 
     def always(self) -> bool:
         return True
 
-    async def step(self) -> None:
+    async def nap(self) -> None:
         self.set_status(str(os.getpid()))
         await asyncio.sleep(0.02)

@@ -12,8 +12,8 @@ UNWATCHED = """
       AND NOT EXISTS (SELECT 1 FROM broker_task WHERE key = pid AND outcome IS NULL)"""
 """Processes that somebody holds, or should look at, and that no task is about."""
 
-OWNERS = "SELECT pid, owner FROM process WHERE owner IS NOT NULL"
-HOLDERS = "SELECT key, holder, attempt FROM broker_task WHERE holder IS NOT NULL"
+OWNERS = "SELECT pid, owner, epoch FROM process WHERE owner IS NOT NULL"
+HELD = "SELECT key, holder, id, epoch FROM broker_task WHERE holder IS NOT NULL"
 
 
 class Auditor:
@@ -21,7 +21,8 @@ class Auditor:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
-        self._owned: dict[str, str] = {}
+        self._owned: dict[tuple[str, str, int], object] = {}
+        """The claims that stand, and the task that their worker held for each when it claimed."""
         self.commits = 0
         self.releases = 0
         self.complaints: list[str] = []
@@ -31,12 +32,13 @@ class Auditor:
             return
         self.commits += 1
         self.complaints += [f"nobody watches {row}" for row in self._connection.execute(UNWATCHED)]
-        owned = dict(self._connection.execute(OWNERS).fetchall())
-        held = {key: (holder, attempt) for key, holder, attempt in self._connection.execute(HOLDERS)}
-        for pid in self._owned.keys() - owned.keys():
+        held = {(pid, holder): (task, epoch) for pid, holder, task, epoch in self._connection.execute(HELD)}
+        claims = self._connection.execute(OWNERS).fetchall()
+        owned = {claim: self._owned.get(claim, held.get(claim[:2])) for claim in claims}
+        unowned = {pid for pid, _, _ in self._owned} - {pid for pid, _, _ in owned}
+        for claim in [claim for claim in self._owned if claim[0] in unowned]:
             self.releases += 1
-            holder, attempt = held.get(pid, (None, 0))
-            # In its first attempt it is a new task: stored and delivered in the commit of the old one's end.
-            if holder == self._owned[pid] and attempt > 1:
-                self.complaints.append(f"{pid} was given up, but its task was not acknowledged in that commit")
+            task = self._owned[claim]
+            if task is not None and task == held.get(claim[:2]):
+                self.complaints.append(f"{claim[0]} was given up, but its task was not acknowledged in that commit")
         self._owned = owned

@@ -9,6 +9,8 @@ import pytest
 from prunus.messaging.exchange import Exchange
 from prunus.messaging.messages import Hello, Peer, TaskSend, TaskStored, Welcome, decode_from_broker, encode
 from prunus.persistence import open_database
+from tests.guarantees.real_daemon import RealDaemon
+from tests.runtime import workflows
 
 ROUTE = "route"
 
@@ -65,3 +67,17 @@ def test_a_commit_is_on_the_disk(tmp_path: Path) -> None:
     assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
     assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     connection.close()
+
+
+@pytest.mark.timeout(90)
+async def test_every_accepted_launch_survives_the_death_of_its_broker(short_folder: Path) -> None:
+    """SIGKILL the moment that a launch is accepted, five times: all of them are there, and run."""
+    async with RealDaemon(short_folder, workers=0) as daemon:
+        handles = []
+        for number in range(5):
+            handles.append(await daemon.controller.launch(workflows.Add, {"a": number}))
+            daemon.kill("broker")
+            daemon.start("broker")
+        assert {row.pid for row in await daemon.controller.find()} == {handle.pid for handle in handles}
+        daemon.start("worker-1")
+        assert [(await handle.result()).outputs.sum for handle in handles] == [1, 2, 3, 4, 5], daemon.logs()

@@ -9,54 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sqlite3
 from pathlib import Path
 
 from prunus import errors
 from prunus.testing.local_daemon import LocalDaemon
+from tests.guarantees.audit import Auditor
 from tests.runtime import workflows
 from tests.runtime.waiting import file_has, until
-
-UNWATCHED = """
-    SELECT pid, state, play, owner FROM process
-    WHERE state NOT IN ('finished', 'excepted', 'killed')
-      AND (owner IS NOT NULL OR inbox_last > inbox_done OR (play = 'playing' AND aside IS NULL AND NOT suspended
-           AND NOT EXISTS (SELECT 1 FROM wait WHERE waiter = process.n AND done = 0)))
-      AND NOT EXISTS (SELECT 1 FROM broker_task WHERE key = pid AND outcome IS NULL)"""
-"""Processes that somebody holds, or should look at, and that no task is about."""
-
-OWNERS = "SELECT pid, epoch FROM process WHERE owner IS NOT NULL"
-HELD = "SELECT key FROM broker_task WHERE holder IS NOT NULL"
-
-
-class Auditor:
-    """Looks at the database after each commit."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
-        self._owned: dict[str, int] = {}
-        self.commits = 0
-        self.releases = 0
-        self.complaints: list[str] = []
-
-    def __call__(self, failpoint: str) -> None:
-        if failpoint != "after_commit":
-            return
-        self.commits += 1
-        self.complaints += [f"nobody watches {row}" for row in self._connection.execute(UNWATCHED)]
-        owned = dict(self._connection.execute(OWNERS).fetchall())
-        held = {key for [key] in self._connection.execute(HELD)}
-        for pid in self._owned.keys() - owned.keys():
-            self.releases += 1
-            if pid in held and not self._is_offered_again(pid):
-                self.complaints.append(f"{pid} was given up, but its task was not acknowledged in that commit")
-        self._owned = owned
-
-    def _is_offered_again(self, pid: str) -> bool:
-        """The task of this pid is a new one: it was stored and delivered in the commit of the old one's end."""
-        [count] = self._connection.execute("SELECT count(*) FROM broker_task WHERE key = ?", [pid]).fetchone()
-        [attempt] = self._connection.execute("SELECT max(attempt) FROM broker_task WHERE key = ?", [pid]).fetchone()
-        return bool(count == 1 and attempt == 1)
 
 
 async def test_after_every_commit_each_process_is_ended_watched_or_parked(tmp_path: Path) -> None:

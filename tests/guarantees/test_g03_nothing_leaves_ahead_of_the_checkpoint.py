@@ -38,9 +38,7 @@ async def test_what_is_heard_is_committed_already(tmp_path: Path) -> None:
         communicator = daemon.controller._backend.communicator
         subscription = await communicator.add_broadcast_subscriber(listen)
         fan = await daemon.controller.launch(workflows.Fan)
-        paused = await daemon.controller.launch(
-            workflows.Journal, {"file": str(journal), "steps": 20, "pace_s": 0.001}
-        )
+        paused = await daemon.controller.launch(workflows.Journal, {"file": str(journal), "steps": 20, "pace_s": 0.001})
         await file_has(journal, 1)
         await paused.pause()
         assert reader.execute("SELECT play FROM process WHERE pid = ?", [paused.pid]).fetchone() == ("paused",)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+
+import pytest
 
 from prunus.processes.pids import new_pid
 from prunus.testing.local_daemon import LocalDaemon
+from tests.guarantees.real_daemon import RealDaemon
 from tests.runtime import workflows
 
 
@@ -20,6 +24,63 @@ async def test_ten_launches_of_one_pid_are_one_process() -> None:
         assert len(await daemon.controller.find()) == 1
         history = await handles[0].history()
     assert [event.subject for event in history].count("running.finished") == 1
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_a_launch_that_a_restarting_broker_swallows_is_said_again(turns: int) -> None:
+    """At any moment on its way: the caller gets one answer, and there is one process that ran once."""
+    async with LocalDaemon() as daemon:
+        launching = asyncio.create_task(daemon.controller.launch(workflows.Add, {"a": 1}, pid="mine"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        daemon.broker.restart()
+        handle = await launching
+        assert (await handle.result()).outputs.sum == 2
+        assert [row.pid for row in await daemon.controller.find()] == ["mine"]
+        assert [event.subject for event in await handle.history()].count("running.finished") == 1
+
+
+@pytest.mark.parametrize("moment", ["before_commit", "after_commit"])
+async def test_a_broker_that_dies_with_the_answer_on_its_lips(moment: str) -> None:
+    """Before the commit nothing was launched, after it everything was: said again, it is one process in both cases."""
+    async with LocalDaemon() as daemon:
+        armed = True
+
+        def die(failpoint: str) -> None:
+            nonlocal armed
+            if armed and failpoint == moment:
+                armed = False
+                raise ConnectionAbortedError
+
+        daemon.broker.exchange.failpoint = die
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda *_: daemon.broker.restart())
+        handle = await daemon.controller.launch(workflows.Add, {"a": 1}, pid="mine")
+        loop.set_exception_handler(None)
+        assert not armed
+        assert (await handle.result()).outputs.sum == 2
+        assert [row.pid for row in await daemon.controller.find()] == ["mine"]
+        assert [event.subject for event in await handle.history()].count("running.finished") == 1
+
+
+@pytest.mark.timeout(60)
+async def test_a_launch_that_a_killed_broker_swallows_is_said_again(short_folder: Path) -> None:
+    """A real broker gets SIGKILL with launches on their way; each is accepted once, and runs once."""
+    journal = short_folder / "journal"
+    async with RealDaemon(short_folder, workers=1) as daemon:
+        launch = daemon.controller.launch
+        inputs = {"file": str(journal), "steps": 1}
+        for number in range(3):
+            launching = [
+                asyncio.create_task(launch(workflows.Journal, inputs, pid=f"{number}-{one}")) for one in range(10)
+            ]
+            await asyncio.sleep(0)
+            daemon.kill("broker")
+            daemon.start("broker")
+            for handle in await asyncio.gather(*launching):
+                assert (await handle.result()).outputs.written == 1, daemon.logs()
+        assert len(await daemon.controller.find()) == 30
+    assert sorted(journal.read_text().split()) == sorted(f"{n}-{one}:2" for n in range(3) for one in range(10))
 
 
 async def test_pids_are_in_the_order_of_their_making() -> None:

@@ -88,6 +88,40 @@ async def test_a_question_to_a_process_that_nobody_holds_is_answered_from_its_ro
         assert "waiting for a person" in await handle.checkpoint_yaml()
 
 
+@pytest.mark.parametrize("name", ["pause", "kill"])
+async def test_a_process_whose_worker_was_just_killed_is_reachable(name: str, tmp_path: Path) -> None:
+    """The slots of the worker that is left are taken: control does not wait for one."""
+    async with LocalDaemon(workers=1, slots=1) as daemon:
+        launch = daemon.controller.launch
+        orphan = await launch(workflows.Endless, {"begun": str(tmp_path / "orphan")})
+        await file_has(tmp_path / "orphan", 1)
+        await daemon.start_worker("worker-2")
+        busy = await launch(workflows.Endless, {"begun": str(tmp_path / "busy")})
+        await file_has(tmp_path / "busy", 1)
+        await daemon.kill_worker("worker-1")
+        await getattr(orphan, name)()
+        record = await orphan.record()
+        assert "paused" in (record.play, record.state) or record.state == "killed"
+        await busy.kill()
+        await orphan.kill()
+
+
+async def test_control_that_asks_nothing_of_a_running_step_does_not_wait_for_it(tmp_path: Path) -> None:
+    """The step would last for ever; a play is answered meanwhile, and so is a pause that the play takes back."""
+    async with LocalDaemon(workers=1) as daemon:
+        handle = await daemon.controller.launch(workflows.Endless, {"begun": str(tmp_path / "begun")})
+        await file_has(tmp_path / "begun", 1)
+        await handle.play()
+        pausing = asyncio.create_task(handle.pause())
+        await until(handle, lambda row: row.inbox_last == 2)
+        await handle.play()
+        await pausing
+        record = await handle.record()
+        assert (record.state, record.play, record.inbox_done) == ("running", "playing", 3)
+        await handle.kill()
+        assert len((tmp_path / "begun").read_text().splitlines()) == 2, "the step was run once, and cleaned up"
+
+
 async def test_control_waits_for_a_worker_and_is_not_lost(tmp_path: Path) -> None:
     """While there is no worker the letter stays in the inbox; the first worker that comes deals with it."""
     async with LocalDaemon(workers=1) as daemon:

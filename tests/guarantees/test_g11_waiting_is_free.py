@@ -34,8 +34,13 @@ async def test_parked_processes_leave_nothing_in_the_worker() -> None:
 
 
 async def test_many_waiting_parents_and_one_slot() -> None:
-    """Each parent has children; if a waiting parent held the slot, none would ever end."""
+    """Each parent has children; if a waiting parent held the slot, none would ever end.
+
+    A slot that becomes free is taken by the next task in the same commit: no worker ever sends a task away.
+    """
     async with LocalDaemon(workers=1, slots=1) as daemon:
         handles = [await daemon.controller.launch(workflows.Fan, {"count": 2}) for _ in range(COUNT)]
         results = await asyncio.gather(*(handle.result() for handle in handles))
+        statistics = await daemon.controller.broker_statistics()
     assert {result.outputs.total for result in results} == {3}
+    assert statistics["delivered"] == statistics["settled"]

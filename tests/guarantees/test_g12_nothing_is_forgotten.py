@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from prunus.runtime.backend import Backend
+from prunus.testing.local_daemon import LocalDaemon
 from tests.guarantees.real_daemon import RealDaemon
 from tests.runtime import workflows
 from tests.runtime.waiting import file_has, until
@@ -39,3 +41,19 @@ async def test_processes_whose_tasks_were_deleted_by_hand_complete(short_folder:
         assert (await queued.result()).outputs.sum == 2
         await asked.resume("still there")
         assert (await asked.result()).outputs.answer == "still there"
+
+
+async def test_what_somebody_claimed_and_left_goes_to_others() -> None:
+    """A claim without a task of the broker: when its owner goes, by itself or not, a worker gets the process."""
+    async with LocalDaemon(workers=0) as daemon:
+        handles = [await daemon.controller.launch(workflows.Add, {"a": number}) for number in range(2)]
+        daemon.connection.execute("DELETE FROM broker_task")
+        daemon.broker.restart()
+        guests = [Backend(await daemon.broker.connect(name="guest")) for _ in handles]
+        for guest, handle in zip(guests, handles, strict=True):
+            await guest.persister.claim(handle.pid, guest.communicator.session, at=0.0)
+        await guests[0].communicator.close()
+        daemon.broker.expire(guests[1].communicator.session)
+        await daemon.start_worker("worker-1")
+        assert [(await handle.result()).outputs.sum for handle in handles] == [1, 2]
+        await guests[1].communicator.close()

@@ -166,6 +166,17 @@ def test_proof_of_death_needs_no_lease(bench: Bench) -> None:
     assert bench.core.expired("bob") == []
 
 
+def test_who_was_taken_for_dead_does_nothing_twice(bench: Bench) -> None:
+    """If the proof was none, and it says a request again, it gets the answer of the first time."""
+    bench.say("ann", send(1, queue="q"))
+    bench.take(bench.core.expired("ann"))
+    bench.hello("cat", queues=(("q", 1),))
+    bench.say("cat", TaskAck(id=1, task="t1", epoch=(EPOCH << 32) + 1))
+    bench.hello("ann")
+    assert bench.say("ann", send(1, queue="q")) == [("ann", TaskStored(id=1, task="t1", stored=True))]
+    assert bench.core.statistics().accepted == 1
+
+
 def test_a_lost_connection_only_stops_deliveries(bench: Bench) -> None:
     """While it is away nothing is given to it and nothing is taken from it."""
     bench.say("ann", send(1))

@@ -233,6 +233,9 @@ def test_an_answer_that_is_too_large_undoes_the_call(path: Path) -> None:
     """Nobody could be told what was done, so it is not done."""
 
     class Flood:
+        def left(self, session: str) -> tuple[NewTask, ...]:
+            return ()
+
         def execute(self, request: bytes, session: str) -> Served:
             return Served(answer=bytes(MAX_FRAME_BYTES + FORWARD_BYTES))
 
@@ -323,6 +326,9 @@ def test_what_a_call_made_true_is_told_after_its_commit(path: Path) -> None:
     """The service's broadcasts reach whoever listens; those of a call that was undone reach nobody."""
 
     class Announcer:
+        def left(self, session: str) -> tuple[NewTask, ...]:
+            return ()
+
         def execute(self, request: bytes, session: str) -> Served:
             if request == b"refuse":
                 raise InvalidStateError("finished", "waiting")

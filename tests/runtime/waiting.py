@@ -20,7 +20,7 @@ async def until(handle: ProcessHandle, holds: Callable[[Record], bool]) -> Recor
 async def file_has(file: Path, lines: int) -> list[str]:
     """The lines of a file as soon as it has that many. A file has no event to wait for, so this looks again."""
     while len(found := _lines_of(file)) < lines:
-        await asyncio.sleep(POLL_S)  # noqa: ASYNC110 (what another OS process writes to a file sets no event here)
+        await asyncio.sleep(POLL_S)
     return found
 
 

@@ -324,8 +324,7 @@ class BrokerCore:
     def expired(self, session: str) -> list[Effect]:
         """It is certainly dead: its tasks go to others at once."""
         if session in self._sessions:
-            self._leave(session, keep_answers=False)
-        self._drop_answers(session)
+            self._leave(session, keep_answers=True)  # were it alive after all, nothing must be done twice
         return self._finish()
 
     # --- for whoever runs calls ---

@@ -21,7 +21,17 @@ from typing import Generic, Protocol, TypeVar
 import msgspec
 
 from prunus.errors import MessagingError, NotDeliveredError, ProtocolError, PrunusError, StoreFullError
-from prunus.messaging.broker import LEASE_S, BrokerCore, Effect, ForgetSession, SaveSession, Send, Statistics
+from prunus.messaging.broker import (
+    LEASE_S,
+    BrokerCore,
+    DropAnswers,
+    Effect,
+    ForgetSession,
+    ReleaseTask,
+    SaveSession,
+    Send,
+    Statistics,
+)
 from prunus.messaging.messages import (
     BrokerMessage,
     Call,
@@ -43,6 +53,8 @@ MAX_OFFENDERS = 1000
 """How many connections that sent nonsense are remembered."""
 
 logger = logging.getLogger(__name__)
+_REGAINED = SaveSession | ForgetSession | DropAnswers | ReleaseTask
+"""What a broker that starts again learns from its clients, so that it need not be written to a full disk."""
 Route = TypeVar("Route", bound=Hashable)
 """What the transport calls a connection."""
 
@@ -77,6 +89,10 @@ class Service(Protocol):
 
     def execute(self, request: bytes, session: str) -> Served:
         """Answer a request of `session`, inside the open transaction. A `PrunusError` undoes the whole call."""
+        ...
+
+    def left(self, session: str) -> Iterable[NewTask]:
+        """`session` is gone for good, and so are its claims on anything; in the commit that says so."""
         ...
 
 
@@ -131,11 +147,15 @@ class Exchange(Generic[Route]):
         self.on_session = on_session
         self.before_batch = before_batch
         self._refuse_changes: str | None = None
+        self._unsaved: set[str] = set()
+        """Sessions that came or went while the disk was full."""
         self._routes: dict[str, Route] = {}
         self._sessions: dict[Route, str] = {}
         self._offences: OrderedDict[Route, int] = OrderedDict()
         self._sends: list[tuple[Route, bytes]] = []
         self._news: list[tuple[str, Peer | None]] = []
+        self._gone: list[str] = []
+        """Sessions that the service has to be told are gone."""
         self._written = False
         self._stopped: BrokerStoppedError | None = None
         self._encoded: tuple[object, bytes] = None, b""
@@ -210,6 +230,14 @@ class Exchange(Generic[Route]):
     def refuse_changes(self, path: str | None) -> None:
         self._refuse_changes = path
         self._core.hold_back = path is not None
+        if path is None and self._unsaved:
+            known = self._core.sessions()
+            unsaved, self._unsaved = self._unsaved, set()
+            self._behind_the_barrier(
+                lambda: self._apply(
+                    [SaveSession(one, known[one]) if one in known else ForgetSession(one) for one in sorted(unsaved)]
+                )
+            )
 
     @property
     def broker_epoch(self) -> int:
@@ -240,6 +268,7 @@ class Exchange(Generic[Route]):
             raise self._stopped
         try:
             work()
+            self._let_go()
             if self._connection.in_transaction:
                 if self._written:
                     self.failpoint("before_commit")
@@ -261,6 +290,16 @@ class Exchange(Generic[Route]):
             self.on_session(session, peer)
         return sends
 
+    def _let_go(self) -> None:
+        """Whoever is gone in this batch holds nothing any more, in the service too."""
+        if self._service is None or self._refuse_changes is not None:
+            return
+        gone, self._gone = self._gone, []
+        for session in gone:
+            self._begin()
+            self._written = True
+            self._put(self._service.left(session))
+
     def _begin(self) -> None:
         if not self._connection.in_transaction:
             self._connection.execute("BEGIN IMMEDIATE")
@@ -272,13 +311,17 @@ class Exchange(Generic[Route]):
                 if route is not None:
                     self._sends.append((route, self._frame(effect.message)))
                 continue
-            self._begin()
-            self._written = True
-            self._store.apply(effect)
+            if self._refuse_changes is None or not isinstance(effect, _REGAINED):
+                self._begin()
+                self._written = True
+                self._store.apply(effect)
+            elif isinstance(effect, SaveSession | ForgetSession):
+                self._unsaved.add(effect.session)
             if isinstance(effect, SaveSession):
                 self._news.append((effect.session, effect.peer))
             elif isinstance(effect, ForgetSession):
                 self._news.append((effect.session, None))
+                self._gone.append(effect.session)
                 route = self._routes.pop(effect.session, None)
                 if route is not None:
                     del self._sessions[route]
@@ -368,10 +411,11 @@ class Exchange(Generic[Route]):
             self._apply([Send(session, frame)])  # nothing was changed: asking again is harmless
             return
         self._written = True
+        # The answer is the first to leave: it frees the place of a task that may be delivered in this very commit.
+        self._apply(self._core.answer(session, call.id, frame))
         for task_id, epoch in call.acks:
             self._apply(self._core.settle(session, task_id, epoch))
         self._put(tasks)
-        self._apply(self._core.answer(session, call.id, frame))
         for one in served:
             for news in one.broadcasts:
                 self._apply(self._core.broadcast(news.body, news.sender, news.subject))

@@ -407,11 +407,13 @@ class PeerCommunicator(ABC):
 
     def _task_came(self, now: float, delivery: TaskDelivery) -> None:
         candidates = self._tasks.get(delivery.queue, ())
+        for one in candidates:  # what a call has settled is not in hand any more, though its handler may still end
+            one.in_hand = {task: epoch for task, epoch in one.in_hand.items() if self._core.held.get(task) == epoch}
         subscription = max(candidates, key=lambda one: one.credit - len(one.in_hand), default=None)
         if subscription is None or len(subscription.in_hand) >= subscription.credit:
             self._core.ask(now, lambda id: TaskNack(id=id, task=delivery.task, epoch=delivery.epoch))
             return
-        subscription.in_hand.add(delivery.task)
+        subscription.in_hand[delivery.task] = delivery.epoch
         task = Incoming(
             id=delivery.task,
             key=delivery.key,
@@ -422,7 +424,8 @@ class PeerCommunicator(ABC):
         )
 
         def done(now: float, future: Future[Any]) -> None:
-            subscription.in_hand.discard(delivery.task)
+            if subscription.in_hand.get(delivery.task) == delivery.epoch:
+                del subscription.in_hand[delivery.task]
             if self._core.held.get(delivery.task) == delivery.epoch:
                 self._settle_task(now, delivery, future)
 
@@ -607,7 +610,8 @@ class _TaskSubscription(_Subscription):
     def __init__(self, communicator: PeerCommunicator, queue: str, handler: TaskHandler, credit: int) -> None:
         super().__init__(communicator)
         self.queue, self.handler, self.credit = queue, handler, credit
-        self.in_hand: set[str] = set()
+        self.in_hand: dict[str, int] = {}
+        """The epochs of the tasks that its handler works on."""
 
     def leave(self, id: int) -> Request:
         subscriptions = self.communicator._tasks.get(self.queue, [])

@@ -98,6 +98,7 @@ class ZmqServer:
             self._obituaries.watch(session, peer)
         self._backlogs: dict[bytes, _Backlog] = {}
         self._stop = False
+        self._path: Path | None = None
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -116,6 +117,7 @@ class ZmqServer:
         except zmq.ZMQError as error:
             self.close()
             raise ProfileError(f"the socket {path} can't be opened: {error.strerror}") from error
+        self._path = path
 
     def __enter__(self) -> ZmqServer:
         return self
@@ -159,6 +161,8 @@ class ZmqServer:
         if not self._router.closed:
             self._router.close()
             self._context.term()
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)  # libzmq leaves it there
             self._obituaries.close()
             self._wake_read.close()
             self._wake_write.close()

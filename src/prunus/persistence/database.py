@@ -53,7 +53,10 @@ def open_database(path: str | os.PathLike[str], *, exclusive: bool = True) -> sq
     if not in_memory:
         _refuse_network_file_system(Path(path))
         _create_file(Path(path))
-    connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    try:
+        connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise _explained(error, path) from error
     try:
         _recognise(connection, path)
         _configure(connection, exclusive=exclusive and not in_memory, journal_mode="memory" if in_memory else "wal")

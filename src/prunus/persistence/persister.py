@@ -80,7 +80,7 @@ class Save(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     state: str
     play: str = "playing"
     checkpoint: bytes | None = None
-    """None keeps the last one: the process then excepted, and its last good checkpoint is what `retry` continues."""
+    """None keeps the last one: of an excepted process, for `retry`; or while a step runs, to say something else."""
     result: bytes | None = None
     """The encoded `ProcessResult`; a terminal state without one is a `ValueError`."""
     status: str | None = None
@@ -171,6 +171,8 @@ class Posted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     state: str
     owner: str | None = None
     """Who holds the process."""
+    epoch: int = 0
+    """Of its last claim: who claims it from now on gets a higher one, and the message."""
 
 
 class Effects(msgspec.Struct, frozen=True, omit_defaults=True):

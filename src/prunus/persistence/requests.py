@@ -96,6 +96,9 @@ Request = (
     | DeleteRequest
 )
 
+READING = (LoadRequest, QueryRequest, HistoryRequest)
+"""Those that change nothing."""
+
 ANSWERS: dict[type, Any] = {
     CreateRequest: bool,
     ClaimRequest: Claim,

@@ -153,19 +153,14 @@ class ProcessStore:
         if terminal:
             self._run(_SET_RESULT, save.result, row.n)
         self._add_events(row.n, save.events, row.owner)
-        self._run(
-            _SAVE,
-            save.state,
-            save.play,
-            row.good_state if terminal or save.checkpoint is None else save.state,
-            save.status,
-            save.step,
-            inbox_done,
-            save.suspended and save.state == "waiting",
-            None if terminal or save.release else row.owner,
-            self._clock(),
-            row.n,
-        )
+        good_state = row.good_state if terminal or save.checkpoint is None else save.state
+        suspended = save.suspended and save.state == "waiting"
+        seen = (good_state, save.status, save.step, inbox_done, suspended, self._clock())
+        owner = None if terminal or save.release else row.owner
+        if (save.state, save.play, owner, None) == (row.state, row.play, row.owner, row.aside):
+            self._run(_SAVE_IN_PLACE, *seen, row.n)
+        else:
+            self._run(_SAVE, *seen, save.state, save.play, owner, row.n)
         effects += [self._post_if_alive(*letter) for letter in save.letters]
         if terminal:
             effects.append(self._wake_waiters(row.n))
@@ -209,7 +204,7 @@ class ProcessStore:
         self._run(_ADD_LETTER, row.n, seq, body)
         self._run(_COUNT_LETTER, seq, row.n)
         effects = Effects(called=(pid,)) if row.owner is None else Effects(nudged=((row.owner, pid),))
-        return Posted(seq=seq, state=row.state, owner=row.owner), effects
+        return Posted(seq=seq, state=row.state, owner=row.owner, epoch=row.epoch), effects
 
     def load(self, pid: str) -> tuple[Record, Effects]:
         row = self._find(pid)
@@ -242,6 +237,17 @@ class ProcessStore:
         return None, NOTHING
 
     # --- for the owner of the store -----------------------------------------------------------------
+
+    def release_all(self, owner: str) -> Effects:
+        """`owner` is gone: nobody holds any more what it held, and a save under its claims is refused."""
+        effects = []
+        for [pid] in self._run(_FIND_HELD_BY, owner).fetchall():
+            row = self._find(pid)
+            event = Event(subject="released", at=self._clock(), note="its worker is gone")
+            self._add_events(row.n, [event], owner)
+            self._run(_RELEASE, row.aside, self._clock(), row.n)
+            effects.append(self._effects_on(pid))
+        return merge(effects)
 
     def unheld_work(self) -> Effects:
         """All unheld processes that are runnable or called now: each must have a task."""
@@ -418,6 +424,7 @@ _TABLES = (
     f"CREATE INDEX IF NOT EXISTS process_unfinished ON process (n) WHERE {_UNFINISHED}",
     "CREATE INDEX IF NOT EXISTS process_not_playing ON process (play) WHERE play <> 'playing'",
     "CREATE INDEX IF NOT EXISTS process_aside ON process (n) WHERE aside IS NOT NULL",
+    "CREATE INDEX IF NOT EXISTS process_held ON process (owner) WHERE owner IS NOT NULL",
     # The checkpoint and the result of a process, opaque.
     """CREATE TABLE IF NOT EXISTS content (
         process INTEGER PRIMARY KEY REFERENCES process (n) ON DELETE CASCADE,
@@ -498,6 +505,9 @@ _FIND_UNHELD = f"{_FACTS} WHERE {_UNFINISHED} AND owner IS NULL ORDER BY n"
 _FIND_HELD = f"SELECT pid FROM process WHERE {_UNFINISHED} AND owner IS NOT NULL ORDER BY n"
 """Everything that somebody holds."""
 
+_FIND_HELD_BY = f"SELECT pid FROM process WHERE {_UNFINISHED} AND owner = ? ORDER BY n"
+"""Everything that one of them holds."""
+
 _COUNT_STATES = "SELECT state, count(*) FROM process GROUP BY state ORDER BY state"
 """Read from an index alone."""
 
@@ -505,10 +515,16 @@ _CLAIM = "UPDATE process SET epoch = ?, owner = ?, updated_at = ?, inbox_claimed
 """A new owner under a new epoch."""
 
 _SAVE = """
-    UPDATE process SET state = ?, play = ?, good_state = ?, status = ?, step = ?, inbox_done = ?, suspended = ?,
-           owner = ?, updated_at = ?, aside = NULL, seq = seq + 1
+    UPDATE process SET good_state = ?, status = ?, step = ?, inbox_done = ?, suspended = ?, updated_at = ?,
+           state = ?, play = ?, owner = ?, aside = NULL, seq = seq + 1
     WHERE n = ?"""
 """Where a process stands now. What was saved can go on, so it is not aside any more."""
+
+_SAVE_IN_PLACE = """
+    UPDATE process SET good_state = ?, status = ?, step = ?, inbox_done = ?, suspended = ?, updated_at = ?,
+           seq = seq + 1
+    WHERE n = ?"""
+"""The same when nothing changed that has an index, which is most of the time: a third of the cost."""
 
 _RELEASE = "UPDATE process SET owner = NULL, aside = ?, updated_at = ? WHERE n = ?"
 """Nobody holds it any more; it may be aside for a reason."""

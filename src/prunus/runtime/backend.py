@@ -47,7 +47,9 @@ class ProcessService:
         self._store = store
         self._broker_statistics = broker_statistics
         self.refuse_new: str | None = None
-        """The path of the database whose disk is full: nothing new is created then, everything else goes on."""
+        """The path of the database whose disk is full: nothing new is created then, everything else goes on ..."""
+        self.refuse_changes: str | None = None
+        """... and with this one nothing is changed."""
 
     def execute(self, request: bytes, session: str) -> Served:
         """Answer one request of the peer `session`; raises what the store raises."""
@@ -57,12 +59,18 @@ class ProcessService:
         decoded = requests.decode_request(request)
         if self.refuse_new is not None and isinstance(decoded, requests.CreateRequest):
             raise StoreFullError(self.refuse_new)
+        if self.refuse_changes is not None and not isinstance(decoded, requests.READING):
+            raise StoreFullError(self.refuse_changes)
         answer, effects = requests.perform(self._store, decoded, session)
         return Served(
             answer=requests.encode_answer(answer),
             tasks=tasks_for(effects),
             broadcasts=(*news_of(decoded), *nudges_of(effects)),
         )
+
+    def left(self, session: str) -> tuple[NewTask, ...]:
+        """`session` is gone for good: what it held goes to others, and letters need not wait for that."""
+        return tasks_for(self._store.release_all(session))
 
 
 class Backend:

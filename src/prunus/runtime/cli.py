@@ -321,6 +321,7 @@ def launch(
     profile = options.find_profile()
     _import_like_workers(profile)
     loaded = load_class(process_class, profile.config.modules)
+    loaded(values, tags=tags)  # wrong inputs are told at once, whether a daemon runs or not
     _warn_if_workers_lack(loaded, profile)
 
     async def go(controller: ProcessController) -> ProcessResult | None:

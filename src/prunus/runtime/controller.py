@@ -176,19 +176,27 @@ class ProcessController:
 
     async def _tell(self, pid: str, message: Message) -> Record:
         """Post a letter and wait until it is dealt with. The row then; unchanged if it had ended."""
-        posted = await self._backend.persister.post(pid, encode_message(message))
+        persister = self._backend.persister
+        posted = await persister.post(pid, encode_message(message))
         if not posted.seq:
-            return await self._backend.persister.load(pid)
+            return await persister.load(pid)
+
+        def is_left_aside(row: Record) -> bool:
+            # Somebody looked at it after the letter was there (a kill needs no more than that), and could not go on.
+            return row.aside is not None and row.owner is None and row.epoch > posted.epoch
+
         record = await self._until(
-            pid, lambda row: row.is_terminal or row.inbox_done >= posted.seq or row.aside is not None
+            pid, lambda row: row.is_terminal or row.inbox_done >= posted.seq or is_left_aside(row)
         )
-        if record.aside is not None and record.inbox_done < posted.seq and not record.is_terminal:
+        if not record.is_terminal and record.inbox_done < posted.seq:
             raise InvalidStateError("set aside", f"continued first (`prunus retry {pid}`): {record.aside}")
         return record
 
     async def _tell_all(self, message: Message, query: Query) -> list[str]:
         told: list[str] = []
-        rows = await self.find(query)
+        rows: list[Record] = []
+        while page := await self.find(msgspec.structs.replace(query, before=rows[-1].pid if rows else None)):
+            rows += page
 
         async def tell(pid: str) -> None:
             with contextlib.suppress(InvalidStateError, PersistenceError):  # it ended or was set aside meanwhile

@@ -38,8 +38,12 @@ START_TIMEOUT_S = 30.0
 """A daemon that has not started all its services by then is reported as not ready."""
 STOP_MARGIN_S = 5.0
 """What the supervisor gets on top of the time that its services may take to end."""
+ASK_TIMEOUT_S = 1.0
+"""A broker that does not answer within this time while a daemon starts is asked again."""
 LOOK_INTERVAL_S = 0.02
 SHOWN_LOG_LINES = 8
+HOPELESS_ENDS = 3
+"""A broker that gave up so often, each time with a reason, is not waited for any longer."""
 
 Statistics = Callable[[Profile], Awaitable[dict[str, Any]]]
 
@@ -148,7 +152,7 @@ def last_lines(path: Path, count: int, since: int = 0) -> list[str]:
 async def _until_ready(
     profile: Profile, child: subprocess.Popen[bytes], logs: dict[str, int], ask: Statistics
 ) -> DaemonStatus:
-    deadline = time.monotonic() + START_TIMEOUT_S
+    began = time.monotonic()
     while True:
         if child.poll() is not None:
             end = _end_of(profile.log("daemon"), logs["daemon"])
@@ -156,12 +160,15 @@ async def _until_ready(
         now = status(profile)
         if now.is_healthy and (reason := await _not_ready(profile, len(now.wanted) - 1, ask)) is None:
             return now
-        if time.monotonic() > deadline:
-            talking = [name for name in now.missing if last_lines(profile.log(name), 1, logs.get(name, 0))]
-            name = (*talking, *now.missing, "daemon")[0]
-            what = f"{name} does not run" if now.missing else reason
+        hopeless = _gave_up(profile.log(BROKER), logs.get(BROKER, 0)) >= HOPELESS_ENDS
+        waited_s = time.monotonic() - began
+        if hopeless or waited_s > START_TIMEOUT_S:
+            missing = now.missing or ((BROKER,) if hopeless else ())  # it may be there, for a moment
+            talking = [name for name in missing if last_lines(profile.log(name), 1, logs.get(name, 0))]
+            name = (*talking, *missing, "daemon")[0]
+            what = f"the {name} does not run" if missing else reason
             raise DaemonError(
-                f"the daemon is not ready after {START_TIMEOUT_S:.0f} s: {what}. It goes on trying; "
+                f"the daemon is not ready after {waited_s:.0f} s: {what}. It goes on trying; "
                 f"`prunus daemon stop` stops it{_end_of(profile.log(name), logs.get(name, 0))}"
             )
         await asyncio.sleep(LOOK_INTERVAL_S)
@@ -170,7 +177,7 @@ async def _until_ready(
 async def _ask_broker(profile: Profile) -> dict[str, Any]:
     from prunus.runtime.controller import connect
 
-    async with connect(profile) as controller:
+    async with asyncio.timeout(ASK_TIMEOUT_S), connect(profile) as controller:
         return await controller.broker_statistics()
 
 
@@ -198,6 +205,11 @@ def _signal(profile: Profile, number: signal.Signals) -> bool:
     except PermissionError as error:
         raise DaemonError(f"the daemon (pid {holder.pid}) belongs to another user") from error
     return True
+
+
+def _gave_up(path: Path, since: int) -> int:
+    """How often the service of this log ended with a reason."""
+    return sum(" CRITICAL " in line for line in last_lines(path, 1000, since))
 
 
 def _end_of(path: Path, since: int) -> str:

@@ -15,14 +15,19 @@ import time
 from collections.abc import Sequence
 
 from prunus.errors import (
+    BusyError,
     CheckpointNotFoundError,
     CommunicatorClosedError,
+    ConnectionLostError,
+    IndeterminateError,
+    NotDeliveredError,
     PersistenceError,
     ProcessClassNotFoundError,
     ProtocolError,
     ShuttingDownError,
     SpecError,
     StaleOwnerError,
+    StoreFullError,
     TaskRejectedError,
 )
 from prunus.messaging.communicator import Broadcast, IncomingTask
@@ -48,6 +53,8 @@ class Launcher:
         self._stopping = False
         self.runners: dict[str, Runner] = {}
         """The processes that this worker holds now, by pid."""
+        self._nudges = 0
+        """How many were heard: a process that is claimed just now has no runner yet that would hear its own."""
 
     def stop(self) -> None:
         """Start nothing new; every process in hand is given back at its next safe point."""
@@ -57,46 +64,58 @@ class Launcher:
 
     async def nudged(self, nudge: Broadcast) -> None:
         """The broker says that there is a letter for a process that this worker holds."""
+        self._nudges += 1
         runner = self.runners.get(nudge.sender or "")
         if runner is not None:
             await runner.read_letters()
 
     async def read_all_letters(self) -> None:
         """Nudges may have been missed: look for every process in hand."""
+        self._nudges += 1
         for runner in list(self.runners.values()):
-            await runner.read_letters()
+            with contextlib.suppress(*_NOT_ITS_FAULT):  # then at its next safe point
+                await runner.read_letters()
 
     async def handle(self, task: IncomingTask) -> None:
-        """Look at the process that `task` is about, and drive it as far as it goes."""
+        """Look at the process that `task` is about, and drive it as far as it goes.
+
+        Raises `TaskRejectedError` if nobody knows how that ended: the task stays, and the next look will show it.
+        """
         pid = task.key
         if pid is None:
             raise ProtocolError("a task for a worker names its process as the key")
         if self._stopping:
             raise TaskRejectedError(str(ShuttingDownError("worker")))
-        backend = self._backend
+        backend, nudges = self._backend, self._nudges
         try:
             claim = await backend.persister.claim(pid, backend.communicator.session, at=time.time())
+            if not claim.record.is_terminal:
+                await self._continue(claim, task, nudges)
         except CheckpointNotFoundError:
             logger.info("process %s was deleted before it was run", pid)
-            return
-        if claim.record.is_terminal:
-            return
+        except Exception as error:  # the worker's outermost loop: a task that is acknowledged too early is forgotten
+            raise TaskRejectedError(f"{type(error).__name__}: {error}") from error
+
+    async def _continue(self, claim: Claim, task: IncomingTask, nudges: int) -> None:
+        pid = claim.record.pid
         try:
-            await self._drive(Runner(await self._load(claim), claim, task, backend))
-        except CommunicatorClosedError:
-            raise  # nobody hears us any more; the broker gives the process to somebody else
+            await self._drive(Runner(await self._load(claim), claim, task, self._backend), nudges)
+        except _NOT_ITS_FAULT:
+            raise
         except _CANT_CONTINUE as error:
             await self._set_aside(claim, task, str(error))
         except Exception as error:  # the worker's outermost loop: a defect must not leave the process with nobody
             logger.exception("driving process %s failed; it is set aside", pid)
             await self._set_aside(claim, task, f"driving it failed with {type(error).__name__}: {error}")
 
-    async def _drive(self, runner: Runner) -> None:
+    async def _drive(self, runner: Runner, nudges: int) -> None:
         pid = runner.process.pid
         self.runners[pid] = runner
         try:
             if self._stopping:
                 runner.stop()
+            if self._nudges != nudges:  # one of them may have been for this process
+                await runner.read_letters()
             await runner.run()
         finally:
             # The next task for this process may have been here before we are done.
@@ -118,26 +137,23 @@ class Launcher:
         """Keep what can't be continued; but a kill does not need its code."""
         pid = claim.record.pid
         kill = _find_kill(claim)
-        try:
-            if kill is None:
-                logger.warning("process %s is set aside: %s; once that is mended, `prunus retry` goes on", pid, reason)
-                await self._backend.settle(requests.SetAsideRequest(pid, claim.epoch, reason), task)
-            else:
-                letter, message = kill
-                event = Event(subject=f"{claim.record.state}.killed", at=time.time(), note=message)
-                result = ProcessResult(pid=pid, state=ProcessState.KILLED, outputs={}, exit_message=message)
-                save = Save(
-                    pid=pid,
-                    epoch=claim.epoch,
-                    state=ProcessState.KILLED.value,
-                    result=encode_data(result.to_data()),
-                    events=(event,),
-                    inbox_done=letter.seq,
-                    release=True,
-                )
-                await self._backend.settle(requests.SaveRequest(save), task)
-        except StaleOwnerError:
-            logger.warning("another worker claimed process %s; this one leaves it alone", pid)
+        if kill is None:
+            logger.warning("process %s is set aside: %s; once that is mended, `prunus retry` goes on", pid, reason)
+            await self._backend.settle(requests.SetAsideRequest(pid, claim.epoch, reason), task)
+            return
+        letter, message = kill
+        event = Event(subject=f"{claim.record.state}.killed", at=time.time(), note=message)
+        result = ProcessResult(pid=pid, state=ProcessState.KILLED, outputs={}, exit_message=message)
+        save = Save(
+            pid=pid,
+            epoch=claim.epoch,
+            state=ProcessState.KILLED.value,
+            result=encode_data(result.to_data()),
+            events=(event,),
+            inbox_done=letter.seq,
+            release=True,
+        )
+        await self._backend.settle(requests.SaveRequest(save), task)
 
 
 def _find_kill(claim: Claim) -> tuple[Letter, str | None] | None:
@@ -154,3 +170,14 @@ def _find_kill(claim: Claim) -> tuple[Letter, str | None] | None:
 
 _CANT_CONTINUE = (ProcessClassNotFoundError, PersistenceError, SpecError)
 """Why a checkpoint can't be continued: its class, its bytes, or a class that has lost the step that is next."""
+
+_NOT_ITS_FAULT = (
+    BusyError,
+    CommunicatorClosedError,
+    ConnectionLostError,
+    IndeterminateError,
+    NotDeliveredError,
+    StaleOwnerError,
+    StoreFullError,
+)
+"""Why nobody could continue a process at the moment: the broker is away, or somebody else has it."""

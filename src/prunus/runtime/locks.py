@@ -61,7 +61,10 @@ class ServiceLock:
                 time.sleep(POLL_INTERVAL_S)
             me = Holder(name=self.path.stem, pid=os.getpid(), started=start_time(os.getpid()) or 0.0, since=time.time())
             os.ftruncate(fd, 0)
-            os.pwrite(fd, msgspec.json.encode(me), 0)
+            try:
+                os.pwrite(fd, msgspec.json.encode(me), 0)
+            except OSError as error:  # a full disk
+                raise DaemonError(f"the lock file {self.path} can't be written: {error.strerror}") from error
         except BaseException:
             os.close(fd)
             raise

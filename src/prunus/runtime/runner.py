@@ -3,19 +3,20 @@
 ::
 
     while not process.has_terminated():
-        transitions = await process.step()      # the user's code; none of our I/O
-        await self._checkpoint(transitions)     # durable, and then told to whoever listens
+        await process.step()                    # the user's code; none of our I/O
+        await self._checkpoint()                # durable, and then told to whoever listens
 
 Rules:
 
 * A runner writes under the epoch of its claim. If the store refuses that (`StaleOwnerError`), somebody else has the
-  process: the runner forgets it at once and says so in the log (G4).
+  process: the runner stops at once and says so in the log (G4).
 * The last checkpoint of a runner gives the process back (or ends it) and acknowledges the runner's task, in one
   commit (G2). What is not checkpointed by then will be done again by the next runner (G5).
 * Letters (pause, play, kill, resume) are read from the inbox of the process at every safe point, and when a nudge
-  says that there is one. What the checkpoint says is dealt with is dealt with; nothing else is.
-* A store that is full is an error of the step's surroundings, not of the process: the runner waits and tries again,
-  and does not run on in memory.
+  says that there is one. What a save says is dealt with is dealt with; nothing else is. A letter that asks nothing of
+  the step that runs (a play, mostly) is answered while it runs.
+* A store that is full, or a broker that is away for long, is an error of the step's surroundings, not of the process:
+  the runner waits and tries again, and does not run on in memory.
 """
 
 from __future__ import annotations
@@ -27,8 +28,12 @@ import time
 from collections.abc import Sequence
 
 from prunus.errors import (
-    CommunicatorClosedError,
+    BusyError,
     Failure,
+    IndeterminateError,
+    MessagingError,
+    NotDeliveredError,
+    PersistenceError,
     ProtocolError,
     PrunusError,
     StaleOwnerError,
@@ -39,12 +44,14 @@ from prunus.messaging.communicator import IncomingTask
 from prunus.persistence import requests
 from prunus.persistence.checkpoint import decode_data, encode_checkpoint, encode_data
 from prunus.persistence.persister import QUERY_LIMIT, Claim, Event, Letter, NewProcess, Query, Save, Saved
-from prunus.processes import Process, ProcessResult, ProcessState, Transition
+from prunus.processes import PlayState, Process, ProcessResult, ProcessState, Transition
 from prunus.processes.control import Kill, decode_message, encode_message
 from prunus.runtime.backend import CONTROL_LANE, Backend
 
-STORE_FULL_RETRY_S = (0.1, 5.0)
-"""First and longest pause before a checkpoint is tried again on a full disk."""
+SAVE_RETRY_S = (0.1, 5.0)
+"""First and longest pause before a checkpoint is tried again."""
+_TRY_AGAIN = (StoreFullError, BusyError, NotDeliveredError, IndeterminateError)
+"""The checkpoint is not there, or nobody knows. Saying it again is harmless under the same claim."""
 
 logger = logging.getLogger(__name__)
 
@@ -82,18 +89,23 @@ class Runner:
         self._answered = self._seen
         """... and the last one that a checkpoint says is dealt with."""
         self._unsaved: list[Transition] = []
+        """What happened since the last save, in order."""
+        self._is_stepping = self._is_killed = False
         self._safe_point = asyncio.Lock()
+        self._running: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Until the process is terminal, or somebody else's, or nobody's."""
-        process = self.process
+        """Until the process is given back or terminal. Raises `StaleOwnerError` if it is somebody else's by now."""
+        self._running = asyncio.current_task()
         try:
             await self._begin()
-            while self._may_step():
-                transitions = await process.step()
-                await self._checkpoint(transitions)
+            while not self._released:
+                if self._may_step():
+                    await self._step()
+                await self._checkpoint()
         except StaleOwnerError:
-            logger.warning("another worker claimed process %s; this one stops and forgets it", process.pid)
+            logger.warning("another worker claimed process %s; this one stops and forgets it", self.process.pid)
+            raise
         except asyncio.CancelledError:
             # The worker is leaving and the step did not end in its grace period: it will run again elsewhere.
             await asyncio.shield(self._give_back())
@@ -107,8 +119,15 @@ class Runner:
         """Look into the inbox now; a nudge said that there is something."""
         async with self._safe_point:
             record = await self._backend.persister.load(self.process.pid)
-            if record.epoch == self._epoch:
-                self._read(record.inbox)
+            if record.epoch != self._epoch:
+                self._stop_at_once()
+                return
+            self._read(record.inbox)
+            try:
+                while self._can_answer_now():
+                    await self._answer()
+            except StaleOwnerError:
+                self._stop_at_once()
 
     # --- the parts of the loop ----------------------------------------------------------------------
 
@@ -119,8 +138,16 @@ class Runner:
             outcomes = {pid: ProcessResult.from_data(decode_data(results[pid])) for pid in process.waiting_for}
             self._unsaved += process.resolve(outcomes)
         self._read(self._claim.inbox)
-        if self._unsaved or self._seen > self._answered or not self._may_step():
-            await self._checkpoint(())
+        if self._unsaved or self._seen > self._answered:
+            await self._checkpoint()
+
+    async def _step(self) -> None:
+        self._is_stepping = True
+        try:
+            transitions = await self.process.step()  # (the list may be another one by then)
+            self._unsaved += transitions
+        finally:
+            self._is_stepping = False
 
     def _may_step(self) -> bool:
         return (
@@ -143,20 +170,48 @@ class Runner:
             except ProtocolError as error:
                 logger.warning("process %s got a letter that can't be read (%s): dropped", self.process.pid, error)
                 continue
+            self._is_killed = self._is_killed or isinstance(message, Kill)
             self._unsaved += self.process.receive(message)
 
-    async def _checkpoint(self, transitions: Sequence[Transition]) -> None:
-        """Make a safe point: `transitions` and all that belongs to them become durable."""
+    async def _checkpoint(self) -> None:
+        """Make a safe point: what happened since the last one, and all that belongs to it, becomes durable."""
         async with self._safe_point:
-            made = (*self._unsaved, *transitions)
-            self._unsaved.clear()
+            made, self._unsaved = tuple(self._unsaved), []
             save = await self._describe(made)
             self._released = save.release
             saved = await self._commit(save)
             self._answered = save.inbox_done
             self._read(saved.inbox)
         if self._seen > self._answered and not self._released:  # a letter came: what it changed is saved as well
-            await self._checkpoint(())
+            await self._checkpoint()
+
+    def _can_answer_now(self) -> bool:
+        """There are letters that nobody has to wait for the end of the step for."""
+        waits_for_step = self._is_killed or self.process.play_state is not PlayState.PLAYING
+        return self._is_stepping and self._seen > self._answered and not waits_for_step
+
+    async def _answer(self) -> None:
+        """Say that the letters are dealt with. The checkpoint stays: it is from before the step that runs."""
+        process = self.process
+        made, self._unsaved = tuple(self._unsaved), []
+        save = Save(
+            pid=process.pid,
+            epoch=self._epoch,
+            state=process.state.value,
+            play=process.play_state.value,
+            status=process.status,
+            step=process.next_step,
+            events=_events(made),
+            inbox_done=self._seen,
+        )
+        saved = await self._commit(save)
+        self._answered = save.inbox_done
+        self._read(saved.inbox)
+
+    def _stop_at_once(self) -> None:
+        """Somebody else has the process: a step that still runs is of no use to anybody."""
+        if self._running is not None and self._is_stepping:
+            self._running.cancel()
 
     async def _describe(self, made: Sequence[Transition]) -> Save:
         """The save for where the process stands now. What can't be saved makes it that of an excepted process."""
@@ -213,14 +268,14 @@ class Runner:
         return tuple((child.pid, body) for child in children)
 
     async def _commit(self, save: Save) -> Saved:
-        pause_s, longest_s = STORE_FULL_RETRY_S
+        pause_s, longest_s = SAVE_RETRY_S
         while True:
             try:
                 if not save.release:
                     return await self._backend.persister.save(save)
                 saved: Saved = await self._backend.settle(requests.SaveRequest(save), self._task)
                 return saved
-            except StoreFullError as error:
+            except _TRY_AGAIN as error:
                 logger.error("%s; process %s waits and tries again in %.1f s", error, save.pid, pause_s)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, longest_s)
@@ -228,8 +283,8 @@ class Runner:
     async def _give_back(self) -> None:
         if not self._released:
             self._released = True
-            # Somebody else's, or nobody hears us any more: then there is nothing that we could give back.
-            with contextlib.suppress(StaleOwnerError, CommunicatorClosedError):
+            # Somebody else's, or nobody hears us: then we give nothing back, and the broker takes it when we are gone.
+            with contextlib.suppress(PersistenceError, MessagingError):
                 await self._backend.settle(requests.ReleaseRequest(self.process.pid, self._epoch), self._task)
 
 

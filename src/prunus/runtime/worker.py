@@ -25,12 +25,19 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from prunus.errors import ConnectionLostError, PrunusError
 from prunus.messaging.communicator import Communicator, IncomingTask
 from prunus.runtime.backend import CONTROL_LANE, RUN_LANE, Backend, letter_subject
 from prunus.runtime.launcher import Launcher
 
+BROKER_PATIENCE_S = 60.0
+"""How long a worker waits for its broker when it starts: services may be started in any order."""
+QUIET_S = 2.0
+"""A wait that takes longer is said in the log."""
 LAST_THREADS_S = 1.0
 """How long a stopped worker waits for plain steps that still run in their threads."""
+GIVE_BACK_S = 2.0
+"""How long a stopping worker waits for the broker's word that a process was given back."""
 MAX_STEP_THREADS = 256
 """How many plain steps run at the same time in one worker, if it has as many slots."""
 CONTROL_SLOTS = 4
@@ -60,11 +67,9 @@ class Worker:
         self._stop.set()
 
     async def run(self) -> None:
-        """Work until `stop`."""
+        """Work until `stop`. The caller closes the communicator then: with it the subscriptions end."""
         communicator = self._communicator
-        nudges = await communicator.add_broadcast_subscriber(
-            self._launcher.nudged, subject=letter_subject(communicator.session)
-        )
+        await communicator.add_broadcast_subscriber(self._launcher.nudged, subject=letter_subject(communicator.session))
         forget = communicator.on_reconnect(self._reconnected)
         lanes = [
             await communicator.add_task_subscriber(self._handle, queue=RUN_LANE, credit=self._slots),
@@ -75,15 +80,15 @@ class Worker:
         try:
             await self._stop.wait()
         finally:
-            for lane in lanes:
-                await lane.set_credit(0)
             self._launcher.stop()
             logger.info("stopping: %d processes are given back as their steps end", len(self._launcher.runners))
+            # Said, but not waited for: there may be no broker now, and the steps' time runs.
+            telling = [asyncio.create_task(lane.set_credit(0)) for lane in lanes]
             await self._drain()
-            for lane in lanes:
-                await lane.cancel()
+            for task in telling:
+                task.cancel()
+            await asyncio.gather(*telling, return_exceptions=True)
             forget()
-            await nudges.cancel()
 
     def _reconnected(self) -> None:
         reading = asyncio.create_task(self._launcher.read_all_letters())
@@ -109,18 +114,20 @@ class Worker:
             logger.warning(
                 "%d steps did not end within %.1f s: they will run again elsewhere", len(late), self._grace_s
             )
-            await asyncio.wait(late)
+            await asyncio.wait(late, timeout=GIVE_BACK_S)
 
 
-async def serve(profile: Path, name: str) -> None:
-    """Run the worker `name` of a profile until SIGTERM or SIGINT."""
-    from prunus.messaging.zeromq import connect_zmq
+async def serve(profile: Path, name: str, *, patience_s: float = BROKER_PATIENCE_S) -> None:
+    """Run the worker `name` of a profile until SIGTERM or SIGINT.
+
+    Raises `ConnectionLostError` if no broker answers within `patience_s`.
+    """
     from prunus.runtime.profile import Profile
 
     where = Profile.load(profile)
     for folder in reversed(where.import_folders):
         sys.path.insert(0, str(folder))
-    communicator = await connect_zmq(where.endpoint, name=name)
+    communicator = await _connect(where.endpoint, name, patience_s)
     config = where.config
     worker = Worker(communicator, slots=config.slots, grace_s=config.grace_s, modules=config.modules)
     loop = asyncio.get_running_loop()
@@ -133,6 +140,18 @@ async def serve(profile: Path, name: str) -> None:
     finally:
         await communicator.close()
         _leave_threads(threads)
+
+
+async def _connect(endpoint: str, name: str, patience_s: float) -> Communicator:
+    from prunus.messaging.zeromq import connect_zmq
+
+    try:
+        return await connect_zmq(endpoint, name=name, timeout_s=min(QUIET_S, patience_s))
+    except ConnectionLostError:
+        if patience_s <= QUIET_S:
+            raise
+    logger.warning("no broker answers at %s yet; waiting for one, for up to %.0f s", endpoint, patience_s)
+    return await connect_zmq(endpoint, name=name, timeout_s=patience_s - QUIET_S)
 
 
 def _leave_threads(threads: ThreadPoolExecutor) -> None:
@@ -155,10 +174,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="prunus-worker")
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--name", default="worker-1")
+    parser.add_argument("--patience", type=float, default=BROKER_PATIENCE_S, help="seconds to wait for the broker")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    with ServiceLock(Profile.load(options.profile).lock(options.name)):
-        asyncio.run(serve(options.profile, options.name))
+    try:
+        with ServiceLock(Profile.load(options.profile).lock(options.name)):
+            asyncio.run(serve(options.profile, options.name, patience_s=options.patience))
+    except PrunusError as error:
+        logger.critical("%s", error)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,9 @@ class ContractService:
         self._connection = connection
         connection.execute("CREATE TABLE IF NOT EXISTS word (word TEXT NOT NULL)")
 
+    def left(self, session: str) -> tuple[NewTask, ...]:
+        return ()
+
     def execute(self, request: bytes, session: str) -> Served:
         match request.decode().split():
             case ["add", word]:

@@ -54,12 +54,14 @@ class LocalDaemon:
         self.connection.close()
 
     async def start_worker(self, name: str) -> None:
-        """One more worker; returns when it takes processes."""
+        """One more worker; returns when it takes processes (or was killed before)."""
         communicator = await self.broker.connect(name=name)
         worker = Worker(communicator, slots=self._slots, grace_s=self._grace_s)
         task = asyncio.create_task(worker.run(), name=name)
         self._workers[name] = worker, communicator, task
-        await worker.ready.wait()
+        ready = asyncio.create_task(worker.ready.wait())
+        await asyncio.wait((ready, task), return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
 
     async def stop_worker(self, name: str) -> None:
         """Gracefully, as SIGTERM does."""

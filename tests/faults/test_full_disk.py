@@ -1,0 +1,201 @@
+"""A full disk: new work is refused with a sentence, running work waits, reads are answered, nothing is lost.
+
+Once with a real file system that is full (this needs the right to mount one), once with a database that may not grow,
+and once with a disk that refuses to be written to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from prunus.errors import StoreFullError
+from prunus.persistence.database import wal_bytes
+from prunus.persistence.persister import Query
+from prunus.runtime.broker import BALLAST_BYTES, LOW_SPACE_BYTES
+from prunus.runtime.controller import ProcessHandle
+from tests.faults.parts import POLL_S, Services, command_line, complaint
+from tests.guarantees.real_daemon import steps_in_order
+from tests.runtime import workflows
+from tests.runtime.waiting import file_has
+
+STEPS = 150
+PROCESSES = 4
+
+
+@pytest.fixture
+def disk(short_folder: Path) -> Iterator[Path]:
+    """A small file system."""
+    folder = short_folder / "disk"
+    folder.mkdir()
+    size = LOW_SPACE_BYTES + 3 * BALLAST_BYTES
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no program to mount a file system with")
+    if mounted.returncode:
+        pytest.skip(f"a file system can't be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(file: Path) -> None:
+    """Take all the space that is left."""
+    with file.open("ab", buffering=0) as handle, contextlib.suppress(OSError):
+        while handle.write(bytes(64 * 1024)):
+            pass
+    with file.open("ab", buffering=0) as handle, contextlib.suppress(OSError):
+        while handle.write(bytes(512)):
+            pass
+
+
+async def is_there(file: Path, wanted: bool = True) -> None:
+    while file.exists() is not wanted:  # noqa: ASYNC240 (one look)
+        await asyncio.sleep(POLL_S)
+
+
+async def check_end(services: Services, journal: Path, handles: list[ProcessHandle]) -> None:
+    """Every process has finished, with each step once and in order, and so has nobody else."""
+    results = await asyncio.gather(*(handle.result() for handle in handles))
+    assert {result.outputs.written for result in results} == {STEPS}, services.logs()
+    lines = await file_has(journal, STEPS * len(handles))
+    assert sorted(set(lines)) == sorted(lines), "no step ran twice"
+    assert len(lines) == STEPS * len(handles)
+    assert steps_in_order(lines)
+    assert not await services.controller.find(Query(unfinished=True))
+
+
+@pytest.mark.timeout(60)
+async def test_a_full_file_system(short_folder: Path, disk: Path) -> None:
+    """From the first sign of scarcity to nothing at all, and back."""
+    journal, filler = short_folder / "journal", disk / "filler"
+    async with Services(disk, workers=1, slots=PROCESSES) as services:
+        profile, launch = services.profile.path, services.controller.launch
+        ballast = services.profile.database.with_name("ballast")
+        inputs = {"file": str(journal), "steps": STEPS, "pace_s": 0.01}
+        handles = [await launch(workflows.Journal, inputs) for _ in range(PROCESSES)]
+        await file_has(journal, 2 * PROCESSES)
+        await is_there(ballast)
+
+        fill(filler)
+        with pytest.raises(StoreFullError, match="is full; free some space and try again, nothing was lost"):
+            await launch(workflows.Add, {"a": 1})
+        assert not ballast.exists(), "its space is for running work"
+        written = len(await file_has(journal, 1))
+        await file_has(journal, written + 2 * PROCESSES)
+        words = ("launch", "tests.runtime.workflows:Add", "a=1")
+        assert f"the disk that holds {services.profile.database} is full" in await complaint(profile, *words)
+
+        fill(filler)
+        await services.said("worker-1", "waits and tries again", times=PROCESSES)
+        with pytest.raises(StoreFullError):
+            await handles[0].pause()
+        assert (await handles[0].record()).state == "running"
+        listed = await command_line(profile, "list")
+        assert (listed.code, listed.out.count("Journal")) == (0, PROCESSES), "somebody new is answered too"
+        doctor = await command_line(profile, "doctor")
+        assert doctor.code == 1
+        assert "the broker refuses new work because its disk is full" in doctor.out
+
+        filler.unlink()
+        await check_end(services, journal, handles)
+        added = await launch(workflows.Add, {"a": 1})
+        assert (await added.result()).outputs.sum == 2
+        await is_there(ballast)
+        assert services.services["broker"].poll() is None, "it never ended"
+        assert "Traceback" not in services.log("broker") + services.log("worker-1")
+
+
+@pytest.mark.timeout(60)
+async def test_a_broker_that_starts_on_a_full_file_system(short_folder: Path, disk: Path) -> None:
+    """It and its worker come up, answer, and go on when there is space."""
+    journal, filler = short_folder / "journal", disk / "filler"
+    async with Services(disk, workers=1, slots=PROCESSES) as services:
+        inputs = {"file": str(journal), "steps": STEPS, "pace_s": 0.01}
+        handles = [await services.controller.launch(workflows.Journal, inputs) for _ in range(PROCESSES)]
+        await file_has(journal, 2 * PROCESSES)
+        await is_there(services.profile.database.with_name("ballast"))
+        services.kill("broker")
+        services.kill("worker-1")
+        fill(filler)
+        services.start("broker")
+        services.start("worker-1")
+        assert (await handles[0].record()).state == "running"
+        with pytest.raises(StoreFullError):
+            await services.controller.launch(workflows.Add, {"a": 1})
+        filler.unlink()
+        results = await asyncio.gather(*(handle.result() for handle in handles))
+        assert {result.outputs.written for result in results} == {STEPS}, services.logs()
+        assert steps_in_order(journal.read_text().splitlines())
+
+
+async def launch_for_ever(services: Services) -> None:
+    while True:
+        await services.controller.launch(workflows.Add, {"a": 1})
+
+
+class SmallServices(Services):
+    """With the broker of `small_broker`."""
+
+    def start(self, name: str) -> None:
+        if name != "broker":
+            super().start(name)
+            return
+        command = [sys.executable, "-m", "tests.faults.small_broker", "--profile", str(self.profile.path)]
+        with self.profile.log(name).open("ab") as log:
+            self.services[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+
+@pytest.mark.timeout(60)
+async def test_a_database_that_may_not_grow(short_folder: Path) -> None:
+    """Though the file system says that there is space: the broker reads everything again, and does not end."""
+    journal = short_folder / "journal"
+    async with SmallServices(short_folder, workers=1, slots=PROCESSES) as services:
+        inputs = {"file": str(journal), "steps": STEPS, "pace_s": 0.01}
+        handles = [await services.controller.launch(workflows.Journal, inputs) for _ in range(PROCESSES)]
+        await file_has(journal, 2 * PROCESSES)
+        broker = services.services["broker"]
+        broker.send_signal(signal.SIGUSR1)
+        with pytest.raises(StoreFullError):
+            await launch_for_ever(services)
+        await services.said("broker", "everything is read from it again")
+        await services.said("worker-1", "waits and tries again", times=PROCESSES)
+        assert (await command_line(services.profile.path, "list")).code == 0
+        assert len(await services.controller.find(Query(states=("running",)))) >= PROCESSES
+
+        broker.send_signal(signal.SIGUSR2)
+        results = await asyncio.gather(*(handle.result() for handle in handles))
+        assert {result.outputs.written for result in results} == {STEPS}, services.logs()
+        lines = journal.read_text().splitlines()
+        assert len(set(lines)) == STEPS * PROCESSES
+        assert steps_in_order(lines)
+        assert broker.poll() is None, "it never ended"
+
+
+@pytest.mark.timeout(60)
+async def test_a_disk_that_refuses_ends_the_broker(short_folder: Path) -> None:
+    """One sentence and exit code 1; what was confirmed is there, and the next broker goes on."""
+    journal = short_folder / "journal"
+    async with Services(short_folder, workers=1, slots=PROCESSES) as services:
+        inputs = {"file": str(journal), "steps": STEPS, "pace_s": 0.01}
+        handles = [await services.controller.launch(workflows.Journal, inputs) for _ in range(PROCESSES)]
+        await file_has(journal, 2 * PROCESSES)
+        broker = services.services.pop("broker")
+        wal = wal_bytes(services.profile.database)
+        resource.prlimit(broker.pid, resource.RLIMIT_FSIZE, (wal, wal))
+        assert await asyncio.to_thread(broker.wait, 20) == 1
+        last = services.log("broker").splitlines()[-1]
+        assert "CRITICAL" in last
+        assert "the broker stops: disk I/O error; what was confirmed is safe, the rest will be said again" in last
+        assert "Traceback" not in services.log("broker")
+        services.start("broker")
+        await check_end(services, journal, handles)
