@@ -14,7 +14,7 @@ from tests.runtime.waiting import file_has, until
 
 LEASE_S = 3.0
 """More than the heartbeat of a client (2 s)."""
-STEPS = 150
+STEPS = 80
 
 
 @pytest.mark.timeout(60)

@@ -53,21 +53,20 @@ async def test_what_is_heard_is_committed_already(tmp_path: Path) -> None:
 
 
 async def test_children_exist_only_with_the_checkpoint_of_the_step_that_submitted_them() -> None:
-    """In no commit is there a child of a parent that is still in the step before it."""
+    """In no commit is there a child of a parent that is not known to wait for it."""
     async with LocalDaemon() as daemon:
         ahead: list[object] = []
 
         def audit(failpoint: str) -> None:
             if failpoint == "after_commit":
-                ahead.extend(
-                    daemon.connection.execute(
-                        "SELECT child.pid FROM process AS child JOIN process AS parent ON child.parent = parent.pid "
-                        "WHERE parent.state IN ('created') OR (parent.state = 'running' AND parent.step = 'run' "
-                        "AND parent.seq < 2)"
-                    )
-                )
+                ahead.extend(daemon.connection.execute(AHEAD_OF_ITS_PARENT))
 
         daemon.broker.exchange.failpoint = audit
         handle = await daemon.controller.launch(workflows.Fan)
         await handle.result()
     assert ahead == []
+
+
+AHEAD_OF_ITS_PARENT = """
+    SELECT child.pid FROM process AS child JOIN process AS parent ON child.parent = parent.pid
+    WHERE NOT EXISTS (SELECT 1 FROM event WHERE process = parent.n AND subject = 'running.waiting')"""

@@ -119,7 +119,7 @@ class Runner:
         """Look into the inbox now; a nudge said that there is something."""
         async with self._safe_point:
             record = await self._backend.persister.load(self.process.pid)
-            if record.epoch != self._epoch:
+            if record.epoch != self._epoch or record.owner is None:
                 self._stop_at_once()
                 return
             self._read(record.inbox)
