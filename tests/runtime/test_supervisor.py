@@ -296,7 +296,7 @@ class Stage:
 
 
 async def until(holds: Callable[[], Any]) -> None:
-    while not holds():  # noqa: ASYNC110 (files and processes have no events)
+    while not holds():
         await asyncio.sleep(0.01)
 
 
