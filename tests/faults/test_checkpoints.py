@@ -54,7 +54,7 @@ async def test_it_is_set_aside_and_goes_on_when_restored(short_folder: Path) -> 
         handles = [await waiting(services) for _ in DAMAGES]
         doomed = await waiting(services)
         other = await services.controller.launch(
-            workflows.Journal, {"file": str(journal), "steps": 1000, "pace_s": 0.01}
+            workflows.Journal, {"file": str(journal), "steps": 100_000, "pace_s": 0.01}
         )
         await file_has(journal, 3)
         services.kill("broker")

@@ -56,7 +56,7 @@ async def test_it_is_set_aside_and_goes_on_when_mended(short_folder: Path) -> No
     module = there / "fragile.py"
     async with Services(short_folder, workers=1, slots=16, import_from=[there]) as services:
         profile, launch = services.profile.path, services.controller.launch
-        other = await launch(workflows.Journal, {"file": str(journal), "steps": 1000, "pace_s": 0.01})
+        other = await launch(workflows.Journal, {"file": str(journal), "steps": 100_000, "pace_s": 0.01})
         handles = []
         for number, (source, reason) in enumerate(BROKEN.values()):
             module.unlink(missing_ok=True)

@@ -93,11 +93,11 @@ async def test_a_full_file_system(short_folder: Path, disk: Path) -> None:
         assert not ballast.exists(), "its space is for running work"
         written = len(await file_has(journal, 1))
         await file_has(journal, written + 2 * PROCESSES)
-        words = ("launch", "tests.runtime.workflows:Add", "a=1")
-        assert f"the disk that holds {services.profile.database} is full" in await complaint(profile, *words)
 
         fill(filler)
         await services.said("worker-1", "waits and tries again", times=PROCESSES)
+        words = ("launch", "tests.runtime.workflows:Add", "a=1")
+        assert f"the disk that holds {services.profile.database} is full" in await complaint(profile, *words)
         with pytest.raises(StoreFullError):
             await handles[0].pause()
         assert (await handles[0].record()).state == "running"

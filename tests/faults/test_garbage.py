@@ -106,7 +106,7 @@ async def test_letters_tasks_and_requests_that_mean_nothing(short_folder: Path) 
     async with Services(short_folder, workers=1) as services:
         asked = await services.controller.launch(workflows.Ask)
         running = await services.controller.launch(
-            workflows.Journal, {"file": str(journal), "steps": 1000, "pace_s": 0.01}
+            workflows.Journal, {"file": str(journal), "steps": 100_000, "pace_s": 0.01}
         )
         await until(asked, lambda row: row.state == "waiting" and row.owner is None)
         await file_has(journal, 2)

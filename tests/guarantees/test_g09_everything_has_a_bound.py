@@ -24,6 +24,7 @@ async def test_a_worker_never_holds_more_than_its_slots(tmp_path: Path) -> None:
         statistics = await daemon.controller.broker_statistics()
         assert list(statistics["held"].values()) == [3]
         assert statistics["pending"] == {"default": 7}
+        assert statistics["delivered"] == 3, "more are not even offered"
         await asyncio.gather(*(handle.kill() for handle in handles))
 
 
@@ -34,6 +35,23 @@ async def test_an_input_that_is_too_large_is_refused_before_it_is_sent() -> None
             await daemon.controller.launch(workflows.Journal, {"file": "x" * (MAX_BODY_BYTES + 2**21)})
         assert caught.value.size > caught.value.limit
         assert not await daemon.controller.find()
+
+
+async def test_a_body_of_one_byte_too_many_is_refused() -> None:
+    """Of a task, a question, a broadcast and a call: before it is sent, and with the same limit."""
+    async with LocalDaemon(workers=0) as daemon:
+        communicator = daemon.controller._backend.communicator
+        body = bytes(MAX_BODY_BYTES + 1)
+        sends = [
+            communicator.task_send(body),
+            communicator.rpc_send("nobody", body),
+            communicator.broadcast_send(body),
+            communicator.call([body]),
+        ]
+        for send in sends:
+            with pytest.raises(errors.MessageTooLargeError) as caught:
+                await send
+            assert (caught.value.size, caught.value.limit) == (MAX_BODY_BYTES + 1, MAX_BODY_BYTES)
 
 
 async def test_a_query_has_a_limit() -> None:

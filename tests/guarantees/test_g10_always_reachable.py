@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -120,6 +121,44 @@ async def test_control_that_asks_nothing_of_a_running_step_does_not_wait_for_it(
         assert (record.state, record.play, record.inbox_done) == ("running", "playing", 3)
         await handle.kill()
         assert len((tmp_path / "begun").read_text().splitlines()) == 2, "the step was run once, and cleaned up"
+
+
+SLOW_MODULE = """
+import asyncio, pathlib, time
+from prunus import Process
+
+FOLDER = pathlib.Path(__file__).parent
+while (FOLDER / "hold").exists():
+    time.sleep(0.005)
+
+class Slow(Process):
+    async def run(self):
+        (FOLDER / "begun").write_text("begun\\n")
+        await asyncio.Event().wait()
+"""
+
+
+async def test_control_reaches_a_process_whose_class_is_being_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker claimed it and has no runner for it yet; when the endless step begins, the letter is read."""
+    (tmp_path / "slow_module.py").write_text(SLOW_MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    async with LocalDaemon(workers=1) as daemon:
+        handle = await daemon.controller.launch("slow_module:Slow")
+        await file_has(tmp_path / "begun", 1)
+        await daemon.kill_worker("worker-1")
+        del sys.modules["slow_module"]
+        (tmp_path / "hold").touch()
+        await daemon.start_worker("worker-2")
+        await until(handle, lambda row: row.epoch == 2)
+        killing = asyncio.create_task(handle.kill())
+        await until(handle, lambda row: row.inbox_last == 1)
+        await handle.record()  # what the worker was told with that letter is heard by now
+        (tmp_path / "hold").unlink()
+        await killing
+        assert (await handle.record()).state == "killed"
+    del sys.modules["slow_module"]
 
 
 async def test_control_waits_for_a_worker_and_is_not_lost(tmp_path: Path) -> None:

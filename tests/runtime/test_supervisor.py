@@ -221,9 +221,10 @@ with ServiceLock(Profile.load(Path(path)).lock(name)):
 DAEMON = """
 import sys
 from prunus.runtime import supervisor
-supervisor.KILL_MARGIN_S = 0.2
 script, path, story, *modes = sys.argv[1:]
 modes = dict(mode.split("=") for mode in modes)
+if "deaf" in modes.values():
+    supervisor.KILL_MARGIN_S = 1.0
 def command_for(name):
     return [sys.executable, script, path, name, story, modes.get(name, "good")]
 sys.exit(supervisor.main(["--profile", path], command_for))
@@ -306,9 +307,14 @@ def is_alive(pid: int) -> bool:
 
 @pytest.fixture
 def stage(profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    monkeypatch.setattr("prunus.runtime.supervisor.KILL_MARGIN_S", 0.2)
     monkeypatch.setenv("PYTHONPATH", str(Path(prunus.__file__).parents[1]))  # services run in another folder
     return Stage(profile, tmp_path)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For services that do not end when they are asked to. (The others get all the time that a busy machine takes.)"""
+    monkeypatch.setattr("prunus.runtime.supervisor.KILL_MARGIN_S", 1.0)
 
 
 async def test_a_killed_service_comes_back(stage: Stage) -> None:
@@ -355,6 +361,7 @@ async def test_workers_end_before_the_broker(stage: Stage) -> None:
     assert story[4:] == [f"{BROKER} asked", f"{BROKER} ended"]
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_deaf_worker_is_killed_after_its_grace(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     """It was asked, did not end, and is gone all the same; the log says what that means."""
     stage.modes = {W1: "deaf"}
@@ -429,6 +436,7 @@ async def test_a_service_that_somebody_started_by_hand_is_adopted(stage: Stage) 
     assert not stage.profile.log(W1).exists()
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_deaf_worker_that_was_adopted_is_killed(stage: Stage) -> None:
     """A process that is not our child is killed as well as one that is."""
     stage.modes = {W1: "deaf"}
