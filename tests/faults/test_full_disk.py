@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import resource
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import pytest
 from prunus.errors import StoreFullError
 from prunus.persistence.database import wal_bytes
 from prunus.persistence.persister import Query
-from prunus.runtime.broker import BALLAST_BYTES, LOW_SPACE_BYTES
+from prunus.runtime.broker import BALLAST_BYTES, LOW_SPACE_BYTES, NO_SPACE_BYTES
 from prunus.runtime.controller import ProcessHandle
 from tests.faults.parts import POLL_S, Services, command_line, complaint
 from tests.guarantees.real_daemon import steps_in_order
@@ -29,6 +30,7 @@ from tests.runtime.waiting import file_has
 
 STEPS = 150
 FEW_STEPS = 60
+LITTLE_BYTES = 2 * NO_SPACE_BYTES
 PROCESSES = 4
 
 
@@ -49,8 +51,15 @@ def disk(short_folder: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def nearly_fill(file: Path) -> None:
+    """Take all the space but a little, in one go."""
+    status = os.statvfs(file.parent)
+    with file.open("wb") as handle:
+        os.posix_fallocate(handle.fileno(), 0, status.f_bavail * status.f_frsize - LITTLE_BYTES)
+
+
 def fill(file: Path) -> None:
-    """Take all the space that is left."""
+    """Take all the space that is left, and that is given up meanwhile."""
     with file.open("ab", buffering=0) as handle, contextlib.suppress(OSError):
         while handle.write(bytes(64 * 1024)):
             pass
@@ -87,7 +96,7 @@ async def test_a_full_file_system(short_folder: Path, disk: Path) -> None:
         await file_has(journal, 2 * PROCESSES)
         await is_there(ballast)
 
-        fill(filler)
+        nearly_fill(filler)
         with pytest.raises(StoreFullError, match="is full; free some space and try again, nothing was lost"):
             await launch(workflows.Add, {"a": 1})
         assert not ballast.exists(), "its space is for running work"

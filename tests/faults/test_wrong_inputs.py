@@ -155,14 +155,13 @@ async def test_a_class_in_a_script_is_refused(short_folder: Path) -> None:
 
 
 async def test_names_that_are_no_class_are_refused(tmp_path: Path) -> None:
-    """What is missing is said: the colon, the module, the class; or that it is another kind of thing."""
+    """What is missing is said: the colon, the module or the class."""
     profile = Profile.create(tmp_path / "profile", Config(import_from=[str(PROJECT)])).path
     here = "tests.faults.test_wrong_inputs"
     for name, words in {
         "Crystal": "package.module:Class",
         "nowhere.at_all:Crystal": "no module 'nowhere'",
         f"{here}:Glass": "no 'Glass'",
-        f"{here}:SCRIPT": "no Process class",
     }.items():
         assert words in await complaint(profile, "launch", name)
 

@@ -113,13 +113,15 @@ async def test_control_that_asks_nothing_of_a_running_step_does_not_wait_for_it(
         handle = await daemon.controller.launch(workflows.Endless, {"begun": str(tmp_path / "begun")})
         await file_has(tmp_path / "begun", 1)
         await handle.play()
-        pausing = asyncio.create_task(handle.pause())
-        await until(handle, lambda row: row.inbox_last == 2)
-        await handle.play()
-        await pausing
+        await asyncio.gather(handle.pause(), handle.play())
         record = await handle.record()
         assert (record.state, record.play, record.inbox_done) == ("running", "playing", 3)
+        last_pause = asyncio.create_task(handle.pause())
+        await until(handle, lambda row: row.inbox_last == 4)
+        assert (await handle.record()).inbox_done == 3
         await handle.kill()
+        with pytest.raises(errors.InvalidStateError):
+            await last_pause
         assert len((tmp_path / "begun").read_text().splitlines()) == 2, "the step was run once, and cleaned up"
 
 

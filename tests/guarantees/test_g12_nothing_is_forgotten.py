@@ -43,6 +43,25 @@ async def test_processes_whose_tasks_were_deleted_by_hand_complete(short_folder:
         assert (await asked.result()).outputs.answer == "still there"
 
 
+async def test_a_task_whose_claim_was_refused_is_not_done_with() -> None:
+    """The disk is full for the moment of the claim: the process stays in the queue, and runs when there is space."""
+    async with LocalDaemon() as daemon:
+        exchange = daemon.broker.exchange
+        held = "SELECT count(*) FROM broker_task WHERE holder IS NOT NULL"
+
+        def fill_the_disk(failpoint: str) -> None:
+            if failpoint == "after_commit" and daemon.connection.execute(held).fetchone() != (0,):
+                exchange.refuse_changes = "/full"
+
+        exchange.failpoint = fill_the_disk
+        handle = await daemon.controller.launch(workflows.Add, {"a": 1})
+        while (await daemon.controller.broker_statistics())["held"]:
+            assert (await handle.record()).epoch == 0, "nobody could claim it"
+        exchange.failpoint = lambda failpoint: None
+        exchange.refuse_changes = None
+        assert (await handle.result()).outputs.sum == 2
+
+
 async def test_what_somebody_claimed_and_left_goes_to_others() -> None:
     """A claim without a task of the broker: when its owner goes, by itself or not, a worker gets the process."""
     async with LocalDaemon(workers=0) as daemon:

@@ -88,6 +88,10 @@ class Runner:
         """The last letter that the process has received; ..."""
         self._answered = self._seen
         """... and the last one that a checkpoint says is dealt with."""
+        self._answerable = self._seen
+        """The last one that no running step has to end for, ..."""
+        self._settled = 0
+        """... and how many of the unsaved transitions are from before it."""
         self._unsaved: list[Transition] = []
         """What happened since the last save, in order."""
         self._is_stepping = self._is_killed = False
@@ -124,7 +128,7 @@ class Runner:
                 return
             self._read(record.inbox)
             try:
-                while self._can_answer_now():
+                while self._is_stepping and self._answerable > self._answered:
                     await self._answer()
             except StaleOwnerError:
                 self._stop_at_once()
@@ -169,9 +173,11 @@ class Runner:
                 message = decode_message(letter.body)
             except ProtocolError as error:
                 logger.warning("process %s got a letter that can't be read (%s): dropped", self.process.pid, error)
-                continue
-            self._is_killed = self._is_killed or isinstance(message, Kill)
-            self._unsaved += self.process.receive(message)
+            else:
+                self._is_killed = self._is_killed or isinstance(message, Kill)
+                self._unsaved += self.process.receive(message)
+            if self.process.play_state is PlayState.PLAYING and not self._is_killed:
+                self._answerable, self._settled = letter.seq, len(self._unsaved)
 
     async def _checkpoint(self) -> None:
         """Make a safe point: what happened since the last one, and all that belongs to it, becomes durable."""
@@ -185,24 +191,20 @@ class Runner:
         if self._seen > self._answered and not self._released:  # a letter came: what it changed is saved as well
             await self._checkpoint()
 
-    def _can_answer_now(self) -> bool:
-        """There are letters that nobody has to wait for the end of the step for."""
-        waits_for_step = self._is_killed or self.process.play_state is not PlayState.PLAYING
-        return self._is_stepping and self._seen > self._answered and not waits_for_step
-
     async def _answer(self) -> None:
-        """Say that the letters are dealt with. The checkpoint stays: it is from before the step that runs."""
+        """Say that these letters are dealt with. The checkpoint stays: it is from before the step that runs."""
         process = self.process
-        made, self._unsaved = tuple(self._unsaved), []
+        made, self._unsaved = self._unsaved[: self._settled], self._unsaved[self._settled :]
+        self._settled = 0
         save = Save(
             pid=process.pid,
             epoch=self._epoch,
             state=process.state.value,
-            play=process.play_state.value,
+            play=PlayState.PLAYING.value,
             status=process.status,
             step=process.next_step,
             events=_events(made),
-            inbox_done=self._seen,
+            inbox_done=self._answerable,
         )
         saved = await self._commit(save)
         self._answered = save.inbox_done

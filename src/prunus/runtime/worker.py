@@ -32,7 +32,7 @@ from prunus.runtime.launcher import Launcher
 
 BROKER_PATIENCE_S = 60.0
 """How long a worker waits for its broker when it starts: services may be started in any order."""
-QUIET_S = 2.0
+QUIET_S = 1.0
 """A wait that takes longer is said in the log."""
 LAST_THREADS_S = 1.0
 """How long a stopped worker waits for plain steps that still run in their threads."""
