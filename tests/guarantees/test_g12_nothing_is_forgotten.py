@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from prunus.runtime.backend import Backend
+from prunus.runtime.backend import Backend, missing_tasks
+from prunus.runtime.runner import new_process
 from prunus.testing.local_daemon import LocalDaemon
 from tests.guarantees.real_daemon import RealDaemon
 from tests.runtime import workflows
@@ -60,6 +61,19 @@ async def test_a_task_whose_claim_was_refused_is_not_done_with() -> None:
         exchange.failpoint = lambda failpoint: None
         exchange.refuse_changes = None
         assert (await handle.result()).outputs.sum == 2
+
+
+async def test_a_process_that_nobody_was_told_of_is_found() -> None:
+    """It is written into the database behind the broker's back; the reconciler gives it a task, and only it."""
+    async with LocalDaemon() as daemon:
+        parked = await daemon.controller.launch(workflows.Ask)
+        await until(parked, lambda row: row.state == "waiting" and row.owner is None)
+        daemon.store.create(new_process(workflows.Add({"a": 1}, pid="unknown")))
+        missing = missing_tasks(daemon.store, daemon.broker.exchange.has_task)
+        assert [task.key for task in missing] == ["unknown"]
+        daemon.broker.put(*missing)
+        assert (await daemon.controller.handle("unknown").result()).outputs.sum == 2
+        assert missing_tasks(daemon.store, daemon.broker.exchange.has_task) == []
 
 
 async def test_what_somebody_claimed_and_left_goes_to_others() -> None:

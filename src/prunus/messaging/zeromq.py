@@ -24,14 +24,14 @@ import socket
 import stat
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from prunus.errors import ProfileError
-from prunus.messaging.exchange import Exchange
+from prunus.messaging.exchange import Exchange, NewTask
 from prunus.messaging.liveness import Obituaries
 from prunus.messaging.messages import FORWARD_BYTES, MAX_FRAME_BYTES, Peer
 from prunus.messaging.threaded import ThreadedCommunicator
@@ -124,6 +124,10 @@ class ZmqServer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def put(self, tasks: Sequence[NewTask]) -> None:
+        """Store tasks of the broker's own making, and deliver them. In the thread of `run` only."""
+        self._send(self._exchange.put(time.monotonic(), tasks))
 
     def stop(self) -> None:
         """Have `run` return. Thread-safe, and safe in a signal handler."""

@@ -106,6 +106,16 @@ def tasks_for(effects: Effects) -> tuple[NewTask, ...]:
     )
 
 
+def missing_tasks(store: ProcessStore, has_task: Callable[[str], bool]) -> list[NewTask]:
+    """A task for every process that somebody has to look at and that has none (G12).
+
+    That is what is runnable or called, and what is held: its holder has a task for it, as long as it lives.
+    """
+    unheld = store.unheld_work()
+    effects = Effects(runnable=(*unheld.runnable, *store.held()), called=unheld.called)
+    return [task for task in tasks_for(effects) if task.key is not None and not has_task(task.key)]
+
+
 def nudges_of(effects: Effects) -> tuple[NewBroadcast, ...]:
     """What tells the holders of processes that there are letters."""
     return tuple(NewBroadcast(sender=pid, subject=letter_subject(owner)) for owner, pid in effects.nudged)

@@ -6,7 +6,7 @@ therefore the same as recovering:
 
 1. hold ``run/broker.lock`` (a `flock`: a second broker is refused);
 2. open the database (exclusive, WAL, ``synchronous=FULL``) and raise the broker epoch;
-3. reconcile: every process that is runnable, called or held has a task (G12);
+3. reconcile, now and every minute: each process that is runnable, called or held has a task (G12);
 4. bind the socket and serve.
 
 A disk that runs full is no reason to end. With little space left new work is refused (`StoreFullError`), and what is
@@ -19,23 +19,23 @@ from __future__ import annotations
 
 import argparse
 import enum
+import functools
 import logging
 import os
 import signal
 import sqlite3
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from prunus.errors import PrunusError, StoreFullError
 from prunus.messaging.broker import LEASE_S
-from prunus.messaging.exchange import BrokerStoppedError, Exchange
+from prunus.messaging.exchange import BrokerStoppedError, Exchange, NewTask
 from prunus.persistence.database import WAL_LIMIT_BYTES, checkpoint_wal, open_database, wal_bytes
-from prunus.persistence.persister import Effects
 from prunus.persistence.sqlite import ProcessStore
-from prunus.runtime.backend import ProcessService, broker_counts, tasks_for
+from prunus.runtime.backend import ProcessService, broker_counts, missing_tasks
 from prunus.runtime.locks import ServiceLock
 from prunus.runtime.profile import Profile
 
@@ -53,10 +53,14 @@ FULL_PAUSE_S = 2.0
 """For so long nothing is changed after SQLite found no space; then it is tried again."""
 STARTING_PAUSE_S = 0.5
 """The pause before everything is read again after that."""
+RECONCILE_INTERVAL_S = 60.0
+"""How often every process is looked for its task."""
 CHECK_INTERVAL_S = 1.0
 """How often the disk's free space and the length of the write-ahead log are looked at, with or without work."""
 
 logger = logging.getLogger(__name__)
+Put = Callable[[Sequence[NewTask]], object]
+"""Stores tasks, and delivers them."""
 
 
 class Space(enum.IntEnum):
@@ -154,22 +158,9 @@ class Broker:
         except BaseException:
             self._connection.close()
             raise
-        self._next_check_s = self._next_emptying_s = 0.0
+        self._next_check_s = self._next_emptying_s = self._next_reconciling_s = 0.0
 
-    def reconcile(self) -> None:
-        """Every process that somebody has to look at gets a task, unless it has one (G12).
-
-        What was held is looked at again as well: if its worker lives, the task waits behind the one that this worker
-        holds, and finds nothing to do.
-        """
-        unheld = self._store.unheld_work()
-        effects = Effects(runnable=(*unheld.runnable, *self._store.held()), called=unheld.called)
-        tasks = [task for task in tasks_for(effects) if task.key is not None and not self.exchange.has_task(task.key)]
-        if tasks:
-            logger.warning("%d processes had no task: they get one now", len(tasks))
-            self.exchange.put(time.monotonic(), tasks)
-
-    def look_after_disk(self, now: float) -> None:
+    def look_after(self, now: float, put: Put) -> None:
         """Called by the server in every turn, with the monotonic time: checks now and then."""
         if now < self._next_check_s:
             return
@@ -177,6 +168,9 @@ class Broker:
         self._empty_log(now, SCARCE_WAL_LIMIT_BYTES if self._guard.is_scarce(0) else WAL_LIMIT_BYTES)
         self._guard.check(now)
         self._admit(self._guard.space)
+        if now >= self._next_reconciling_s and self._guard.space is not Space.NOTHING:
+            self._next_reconciling_s = now + RECONCILE_INTERVAL_S
+            self._reconcile(put)
 
     def close(self) -> None:
         """Leave the disk tidy. A broker that is killed leaves it as safe, but with a log to read."""
@@ -202,6 +196,12 @@ class Broker:
         path = str(self._database)
         self.exchange.refuse_changes = self._service.refuse_changes = None if space else path
         self.exchange.refuse_new = self._service.refuse_new = None if space is Space.NEW_WORK else path
+
+    def _reconcile(self, put: Put) -> None:
+        """Every process that somebody has to look at has a task (G12), whoever else wrote to the database."""
+        if tasks := missing_tasks(self._store, self.exchange.has_task):
+            logger.warning("%d processes had no task: they get one now", len(tasks))
+            put(tasks)
 
     def _statistics(self) -> dict[str, Any]:
         full = self._guard.space is not Space.NEW_WORK
@@ -229,13 +229,12 @@ def serve(profile: Profile, *, lease_s: float = LEASE_S) -> None:
         try:
             guard.check(time.monotonic())
             broker = Broker(profile.database, guard, lease_s=lease_s)
-            broker.look_after_disk(time.monotonic())
-            broker.reconcile()
+            broker.look_after(time.monotonic(), put=functools.partial(broker.exchange.put, time.monotonic()))
             logger.info("epoch %d: serving at %s", broker.exchange.broker_epoch, profile.endpoint)
             with ZmqServer(broker.exchange, profile.endpoint) as server:
                 servers[:] = [server]
                 if not stopping:
-                    server.run(each_turn=broker.look_after_disk)
+                    server.run(each_turn=functools.partial(broker.look_after, put=server.put))
             broker.close()
         except (BrokerStoppedError, StoreFullError) as error:
             if broker is not None:
