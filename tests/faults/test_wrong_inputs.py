@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -148,7 +149,7 @@ async def test_a_class_in_a_script_is_refused(short_folder: Path) -> None:
     async with Services(short_folder, workers=0) as services:
         script = short_folder / "script.py"
         script.write_text(SCRIPT.format(profile=str(services.profile.path)))
-        ended = await run(["python", str(script)], short_folder)
+        ended = await run([sys.executable, str(script)], short_folder)
         assert ended.out.endswith("put the class into a module\n0\n"), ended
         error = await complaint(services.profile.path, "launch", "__main__:Mine")
         assert "put the class into a module" in error
