@@ -204,7 +204,7 @@ class Broker:
             put(tasks)
 
     def _statistics(self) -> dict[str, Any]:
-        full = self._guard.space is not Space.NEW_WORK
+        full = self._guard.room_for(0, time.monotonic()) is not Space.NEW_WORK
         return {**broker_counts(self.exchange.statistics()), "pid": os.getpid(), "disk_full": full}
 
 
