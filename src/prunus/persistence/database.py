@@ -51,7 +51,7 @@ def open_database(path: str | os.PathLike[str], *, exclusive: bool = True) -> sq
     """
     in_memory = os.fspath(path) == MEMORY
     if not in_memory:
-        _refuse_network_file_system(Path(path))
+        refuse_network_file_system(Path(path))
         _create_file(Path(path))
     try:
         connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
@@ -187,7 +187,8 @@ def _create_file(path: Path) -> None:
         os.close(folder)
 
 
-def _refuse_network_file_system(path: Path) -> None:
+def refuse_network_file_system(path: Path) -> None:
+    """Raises `PersistenceError` if a database at `path` would not be safe there."""
     if not sys.platform.startswith("linux"):
         return
     try:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from prunus.errors import PrunusError
+from prunus.errors import PersistenceError, PrunusError
+from prunus.persistence.database import refuse_network_file_system
 from prunus.persistence.persister import QUERY_LIMIT, Query
 from prunus.runtime import daemon
 from prunus.runtime.display import class_name, short, span
@@ -23,9 +24,6 @@ LITTLE_SPACE_BYTES = 1024**3
 NO_SPACE_BYTES = 64 * 1024**2
 """With less free space the broker will soon refuse new work."""
 SLOW_ANSWER_S = 1.0
-NETWORK_FILE_SYSTEMS = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "lustre", "beegfs", "gpfs", "afs"}
-)
 
 Level = Literal["ok", "warning", "problem"]
 
@@ -65,12 +63,11 @@ def _folders(profile: Profile) -> Iterator[Finding]:
     space = shutil.disk_usage(profile.path).free
     level: Level = "problem" if space < NO_SPACE_BYTES else "warning" if space < LITTLE_SPACE_BYTES else "ok"
     yield Finding(level, "disk", f"{_bytes(space)} free", None if level == "ok" else "free some space")
-    if (kind := _file_system(profile.path)) in NETWORK_FILE_SYSTEMS:
+    try:
+        refuse_network_file_system(profile.database)
+    except PersistenceError as error:
         yield Finding(
-            "problem",
-            "file system",
-            f"the profile is on a network file system ({kind}), on which a database is not safe",
-            "make a profile on a local disk: `prunus init --profile NAME`",
+            "problem", "file system", str(error), "`prunus init --profile NAME` makes one in your home folder"
         )
     if not os.access(profile.path, os.W_OK):
         yield Finding("problem", "folder", "you may not write to the profile", f"chown it, or chmod 700 {profile.path}")
@@ -122,16 +119,6 @@ async def _broker(profile: Profile) -> AsyncIterator[Finding]:
                 f"{class_name(record.class_id)} is set aside: {record.aside}",
                 f"mend the cause, then `prunus retry {short(record.pid)}`",
             )
-
-
-def _file_system(path: Path) -> str | None:
-    """The kind of the file system that `path` is on, where the system tells it."""
-    try:
-        lines = Path("/proc/mounts").read_text().splitlines()
-    except OSError:
-        return None
-    mounts = {Path(fields[1].replace("\\040", " ")): fields[2] for fields in map(str.split, lines) if len(fields) > 2}
-    return next((mounts[folder] for folder in (path, *path.parents) if folder in mounts), None)
 
 
 def _bytes(number: float) -> str:
