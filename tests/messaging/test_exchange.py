@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prunus.errors import InvalidStateError, MessageTooLargeError, NotDeliveredError, RemoteError
+from prunus.errors import InvalidStateError, MessageTooLargeError, NotDeliveredError, RemoteError, StoreFullError
 from prunus.messaging.exchange import (
     MAX_PROTOCOL_ERRORS,
     BrokerStoppedError,
@@ -57,8 +57,12 @@ class Desk:
         self.connection = sqlite3.connect(path, isolation_level=None)
         self.fail_at = fail_at
         self.passed: list[str] = []
+        self.wall = 1_000_000.0
+        """The time by the clock of the service."""
         self.exchange: Exchange[str] = Exchange(
-            self.connection, service=ContractService(self.connection), failpoint=self._failpoint
+            self.connection,
+            service=ContractService(self.connection, clock=lambda: self.wall),
+            failpoint=self._failpoint,
         )
 
     def _failpoint(self, name: str) -> None:
@@ -172,7 +176,7 @@ def test_a_connection_that_commits_by_itself_is_needed() -> None:
 def test_other_tables_are_left_alone(desk: Desk) -> None:
     """All tables of the broker carry its name; the service's live beside them."""
     names = {name for (name,) in desk.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    assert names == {"broker_task", "broker_session", "broker_answer", "broker_meta", "word"}
+    assert names == {"broker_task", "broker_session", "broker_answer", "broker_meta", "word", "timer"}
 
 
 # --- calls ---
@@ -234,6 +238,12 @@ def test_an_answer_that_is_too_large_undoes_the_call(path: Path) -> None:
 
     class Flood:
         def left(self, session: str) -> tuple[NewTask, ...]:
+            return ()
+
+        def due(self) -> None:
+            return None
+
+        def tick(self) -> tuple[NewTask, ...]:
             return ()
 
         def execute(self, request: bytes, session: str) -> Served:
@@ -329,6 +339,12 @@ def test_what_a_call_made_true_is_told_after_its_commit(path: Path) -> None:
         def left(self, session: str) -> tuple[NewTask, ...]:
             return ()
 
+        def due(self) -> None:
+            return None
+
+        def tick(self) -> tuple[NewTask, ...]:
+            return ()
+
         def execute(self, request: bytes, session: str) -> Served:
             if request == b"refuse":
                 raise InvalidStateError("finished", "waiting")
@@ -356,3 +372,113 @@ def test_keys_that_have_a_task(desk: Desk) -> None:
     [delivery] = [message for _, message in said if isinstance(message, TaskDelivery)]
     desk.say(("b", TaskAck(id=2, task="t1", epoch=delivery.epoch)))
     assert not desk.exchange.has_task("j")
+
+
+# --- timers of the service ---
+
+
+def timer(number: int, seconds: float, queue: str = "q") -> ClientMessage:
+    return Call(id=number, requests=(f"timer {seconds} {queue}".encode(),))
+
+
+def test_a_timer_fires_in_a_tick_when_its_time_has_come(desk: Desk) -> None:
+    """One commit, and not before; until then nobody is asked to look earlier than it is due."""
+    desk.hello("r", "ann")
+    desk.say(("r", timer(1, 0.5)), now=10.0)
+    assert desk.exchange.due() == 10.5
+    desk.wall += 0.4
+    desk.passed.clear()
+    desk.exchange.tick(10.4)
+    assert (desk.tasks(), desk.passed) == (set(), [])
+    desk.wall += 0.1
+    desk.exchange.tick(10.5)
+    assert (len(desk.tasks()), desk.passed) == (1, ["before_commit", "after_commit"])
+    desk.exchange.tick(10.6)
+    assert len(desk.tasks()) == 1
+
+
+def test_without_a_timer_nobody_is_woken_for_one(desk: Desk) -> None:
+    """Nor for one that is far away: then `due` is what it is for the broker itself, and most ticks write nothing."""
+    desk.hello("r", "ann")
+    quiet = desk.exchange.due()
+    desk.say(("r", timer(1, 1e6)))
+    assert desk.exchange.due() == quiet
+    desk.passed.clear()
+    desk.exchange.tick(0.5)
+    assert desk.passed == []
+
+
+def test_a_jump_of_the_clock_is_seen_within_a_second(desk: Desk) -> None:
+    """Forwards: what is late then fires at the next tick, which is due. Backwards: it waits longer."""
+    desk.hello("r", "ann")
+    desk.say(("r", timer(1, 3600)), now=10.0)
+    desk.wall += 7200
+    assert desk.exchange.due() <= 11.0
+    desk.exchange.tick(11.0)
+    assert len(desk.tasks()) == 1
+    desk.say(("r", timer(2, 0.5)), now=12.0)
+    desk.wall -= 3600
+    desk.exchange.tick(12.5)
+    assert len(desk.tasks()) == 1
+    desk.wall += 3600.5
+    desk.exchange.tick(13.5)
+    assert len(desk.tasks()) == 2
+
+
+def test_a_late_timer_fires_after_a_restart(path: Path) -> None:
+    """At once: a new broker is due at the moment of its start."""
+    first = Desk(path)
+    first.hello("r", "ann")
+    first.say(("r", timer(1, 60)))
+    first.connection.close()
+    again = Desk(path)
+    again.wall = first.wall + 61
+    assert again.exchange.due() <= 0.0
+    again.exchange.tick(0.0)
+    assert len(again.tasks()) == 1
+    again.connection.close()
+
+
+def test_a_busy_broker_fires_timers_in_the_commit_of_a_batch(desk: Desk) -> None:
+    """It may have no idle moment for a tick."""
+    desk.hello("r", "ann")
+    desk.say(("r", timer(1, 0.5)), now=10.0)
+    desk.wall += 0.5
+    desk.passed.clear()
+    desk.say(("r", Heartbeat()), now=10.5)
+    assert (len(desk.tasks()), desk.passed) == (1, ["before_commit", "after_commit"])
+
+
+def test_on_a_full_disk_timers_wait(desk: Desk) -> None:
+    """Nothing is changed, and nobody is woken in vain; with space again they are due at once."""
+    desk.hello("r", "ann")
+    desk.say(("r", timer(1, 0.5)), now=10.0)
+    desk.wall += 1
+    desk.exchange.refuse_changes = "somewhere"
+    assert desk.exchange.due() > 10.5
+    desk.exchange.tick(11.0)
+    desk.say(("r", Heartbeat()), now=11.0)
+    assert desk.tasks() == set()
+    desk.exchange.refuse_changes = None
+    assert desk.exchange.due() <= 11.0
+    desk.exchange.tick(11.0)
+    assert len(desk.tasks()) == 1
+
+
+def test_a_disk_that_is_full_at_a_timer_stops_everything(path: Path) -> None:
+    """It is the service's own doing, so nobody is there to be refused: this process must start again from the disk."""
+
+    class Full(ContractService):
+        def tick(self) -> tuple[NewTask, ...]:
+            raise StoreFullError("somewhere")
+
+    connection = sqlite3.connect(path, isolation_level=None)
+    wall = 0.0
+    exchange: Exchange[str] = Exchange(connection, service=Full(connection, clock=lambda: wall))
+    exchange.process(0.0, [("r", encode(Hello(session="s", peer=Peer()))), ("r", encode(timer(1, 1)))])
+    wall = 1.0
+    for _ in range(2):
+        with pytest.raises(BrokerStoppedError) as caught:
+            exchange.tick(0.0)
+        assert caught.value.full
+    connection.close()

@@ -108,3 +108,25 @@ async def test_a_closed_broker_takes_nobody() -> None:
     broker.close()
     with pytest.raises(CommunicatorClosedError):
         await broker.connect()
+
+
+async def test_a_moved_clock_is_looked_at_when_a_test_says_so() -> None:
+    """A timer that is days away fires at once when the clock of the service has moved; also after a restart."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    wall = 0.0
+    broker = LocalBroker(connection, service=ContractService(connection, clock=lambda: wall))
+    async with await broker.connect() as communicator:
+        inbox = Inbox()
+        await communicator.add_task_subscriber(inbox, credit=2)
+        await communicator.call([b"timer 86400 default"])
+        broker.tick()
+        assert inbox.came.empty()
+        wall += 86400
+        broker.tick()
+        assert (await inbox.next()).body == b"made by a timer"
+        await communicator.call([b"timer 86400 default"])
+        wall += 86400
+        broker.restart()
+        assert (await inbox.next()).body == b"made by a timer"
+    broker.close()
+    connection.close()

@@ -12,7 +12,7 @@ import pytest
 
 from prunus.errors import CheckpointNotFoundError, ProtocolError
 from prunus.persistence import requests
-from prunus.persistence.persister import Claim, Effects, Event, Persister, Query, Save
+from prunus.persistence.persister import Claim, Effects, Event, LogLine, Note, Persister, Query, Reply, Save, Tell
 from prunus.persistence.requests import ANSWERS, decode_answer, decode_request, encode_request, execute
 from prunus.persistence.sqlite import ProcessStore, open_database
 from prunus.testing.persister_contract import new
@@ -21,15 +21,34 @@ EXAMPLES: list[requests.Request] = [
     requests.CreateRequest(new(parent="q", tags=("a",))),
     requests.ClaimRequest("p", "w", 1.0),
     requests.SaveRequest(
-        Save(pid="p", epoch=1, state="running", events=(Event(subject="a.b", at=1.0),), children=(new("c"),))
+        Save(
+            pid="p",
+            epoch=1,
+            state="waiting",
+            events=(Event(subject="a.b", at=1.0),),
+            children=(new("c"),),
+            tells=(Tell(b"x", to=("wait",)),),
+            replies=(Reply(1, b"y"),),
+            waits=(("a", "b"), ("c",)),
+            seen=("c",),
+            wake_at=1.5,
+            names=("m", "n"),
+            listens=("m",),
+        )
     ),
+    requests.NoteRequest(Note(pid="p", epoch=1, progress=0.5, lines=(LogLine(at=1.0, text="x"),))),
     requests.ReleaseRequest("p", 1),
     requests.SetAsideRequest("p", 1, "why"),
     requests.ReviveRequest("p"),
     requests.PostRequest("p", b"\xff"),
+    requests.ReplyRequest("p", 1),
+    requests.SendRequest("p", "name", b"\xff", 1.0, "me"),
     requests.LoadRequest("p"),
     requests.QueryRequest(Query(states=("running",))),
     requests.HistoryRequest("p"),
+    requests.LogRequest("p", 5, 10, 3),
+    requests.PastRequest("p"),
+    requests.PastCheckpointRequest("p", 1),
     requests.DeleteRequest("p"),
 ]
 

@@ -62,7 +62,7 @@ class TestGroupCommit:
             claim = await persister.claim("p", "w", at=0.0)
             answers = await asyncio.gather(
                 persister.create(new("a")),
-                persister.save(save_of(claim, "waiting", waits=("nobody",), children=(new("c"),))),
+                persister.save(save_of(claim, "waiting", waits=(("nobody",),), children=(new("c"),))),
                 persister.create(new("b")),
                 return_exceptions=True,
             )

@@ -8,11 +8,14 @@ It is crash-only: whatever SQLite refuses raises `BrokerStoppedError`, nothing o
 ends its process. A new one starts from the disk, and the clients say again what was not confirmed.
 
 Nothing here knows what the service keeps; the service shares the connection, and leaves transactions to the exchange.
+The service may have timers, by a clock of its own (the wall clock, which jumps): how long the next one has to wait is
+asked after every batch and every tick, so at least once a second, and those that are late fire at once.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -95,6 +98,14 @@ class Service(Protocol):
         """`session` is gone for good, and so are its claims on anything; in the commit that says so."""
         ...
 
+    def due(self) -> float | None:
+        """The seconds until its next timer fires, 0 or less if that is late; None if it has none. Called often."""
+        ...
+
+    def tick(self) -> Iterable[NewTask]:
+        """Fire the timers that are due, or a good part of them, inside the open transaction."""
+        ...
+
 
 class BrokerStoppedError(MessagingError):
     """The database refused something: nothing was sent, this process must end and start again from the disk."""
@@ -157,6 +168,8 @@ class Exchange(Generic[Route]):
         self._gone: list[str] = []
         """Sessions that the service has to be told are gone."""
         self._written = False
+        self._timer_due = now
+        """The `now` at which the service's timers are to be looked at."""
         self._stopped: BrokerStoppedError | None = None
         self._encoded: tuple[object, bytes] = None, b""
         self._made = self._frames = self._calls = self._commits = self._protocol_errors = 0
@@ -178,12 +191,19 @@ class Exchange(Generic[Route]):
         def work() -> None:
             for route, frame in frames:
                 self._take(now, route, frame)
+            if now >= self._timer_due:  # a busy broker has no idle moment for a `tick`
+                self._fire()
 
-        return self._behind_the_barrier(work)
+        return self._behind_the_barrier(work, now)
 
     def tick(self, now: float) -> list[tuple[Route, bytes]]:
         """Let time pass (see `due`)."""
-        return self._behind_the_barrier(lambda: self._apply(self._core.tick(now)))
+
+        def work() -> None:
+            self._apply(self._core.tick(now))
+            self._fire()
+
+        return self._behind_the_barrier(work, now)
 
     def expire(self, now: float, sessions: Iterable[str]) -> list[tuple[Route, bytes]]:
         """These sessions are certainly dead: their processes ended."""
@@ -192,11 +212,11 @@ class Exchange(Generic[Route]):
             for session in sessions:
                 self._apply(self._core.expired(session))
 
-        return self._behind_the_barrier(work)
+        return self._behind_the_barrier(work, now)
 
     def put(self, now: float, tasks: Iterable[NewTask]) -> list[tuple[Route, bytes]]:
         """Store tasks of the broker's own making, each unless one with its key is pending."""
-        return self._behind_the_barrier(lambda: self._put(tasks))
+        return self._behind_the_barrier(lambda: self._put(tasks), now)
 
     def drop_route(self, route: Route) -> None:
         """A connection is gone. Its session is not: it may come back on another one."""
@@ -207,7 +227,7 @@ class Exchange(Generic[Route]):
 
     def due(self) -> float:
         """The `now` at which `tick` must be called, at the latest."""
-        return self._core.due()
+        return self._core.due() if self._refuse_changes is not None else min(self._core.due(), self._timer_due)
 
     # --- what can be asked ---
 
@@ -223,7 +243,7 @@ class Exchange(Generic[Route]):
     @property
     def refuse_changes(self) -> str | None:
         """The path of the disk on which nothing fits any more: calls that would change something are refused with
-        `StoreFullError`, and no task is delivered. What only reads goes on."""
+        `StoreFullError`, no task is delivered, and timers wait. What only reads goes on."""
         return self._refuse_changes
 
     @refuse_changes.setter
@@ -263,7 +283,7 @@ class Exchange(Generic[Route]):
 
     # --- the barrier ---
 
-    def _behind_the_barrier(self, work: Callable[[], None]) -> list[tuple[Route, bytes]]:
+    def _behind_the_barrier(self, work: Callable[[], None], now: float | None = None) -> list[tuple[Route, bytes]]:
         if self._stopped is not None:
             raise self._stopped
         try:
@@ -280,10 +300,16 @@ class Exchange(Generic[Route]):
         except sqlite3.Error as error:
             self._stopped = BrokerStoppedError.of(error)
             raise self._stopped from error
+        except StoreFullError as error:  # of the service, on its own behalf: nobody is there to be refused
+            self._stopped = BrokerStoppedError(str(error), full=True)
+            raise self._stopped from error
         except BrokerStoppedError as error:
             self._stopped = error
             raise
         self._written = False
+        if now is not None and self._service is not None:
+            due = self._service.due()
+            self._timer_due = math.inf if due is None else now + due
         sends, self._sends = self._sends, []
         news, self._news = self._news, []
         for session, peer in news:
@@ -299,6 +325,16 @@ class Exchange(Generic[Route]):
             self._begin()
             self._written = True
             self._put(self._service.left(session))
+
+    def _fire(self) -> None:
+        """The service's timers that are due, in the commit of this batch."""
+        if self._service is None or self._refuse_changes is not None:
+            return
+        due = self._service.due()
+        if due is not None and due <= 0:
+            self._begin()
+            self._written = True
+            self._put(self._service.tick())
 
     def _begin(self) -> None:
         if not self._connection.in_transaction:

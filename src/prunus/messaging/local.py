@@ -63,6 +63,10 @@ class LocalBroker:
         """Store tasks of the broker's own making."""
         self._deliver(self.exchange.put(time.monotonic(), tasks))
 
+    def tick(self) -> None:
+        """Look at the clocks now. Else it happens in time, or within a second if that of the service jumps."""
+        self._deliver(self.exchange.tick(time.monotonic()))
+
     def restart(self) -> None:
         """As after a SIGKILL of the broker: what was not committed is gone, and every connection breaks."""
         self._inbox.clear()
@@ -72,6 +76,7 @@ class LocalBroker:
         peers, self._peers = list(self._peers.values()), {}
         for peer in peers:
             peer.broken()
+        self._deliver([])
 
     def kill(self, communicator: PeerCommunicator) -> None:
         """As a SIGKILL of the peer's process: it says nothing more, and the broker has the proof that it is dead."""
@@ -132,7 +137,7 @@ class LocalBroker:
     def _tick(self) -> None:
         if self._closed or self._loop is None:
             return
-        self._deliver(self.exchange.tick(time.monotonic()))
+        self.tick()
         self._timer = self._loop.call_later(max(0.0, self.exchange.due() - time.monotonic()), self._tick)
 
     def _deliver(self, sends: list[tuple[int, bytes]]) -> None:

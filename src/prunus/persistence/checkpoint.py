@@ -364,7 +364,7 @@ def _result(value: ProcessResult, depth: int) -> Ext:
 
 
 def _namespace(value: FrozenNamespace, depth: int) -> Ext:
-    return _tagged(Tag.NAMESPACE, [_dict(thaw(value), depth), value._about])
+    return _tagged(Tag.NAMESPACE, [_dict(thaw(value), depth), str(value._about)])
 
 
 def _datetime(value: datetime, depth: int) -> Ext:

@@ -23,8 +23,9 @@ from prunus.errors import PersistenceError, StoreFullError
 
 APPLICATION_ID = int.from_bytes(b"Prun")
 """In the header of every database of ours."""
-SCHEMA_VERSION = 1
-"""The tables' version that is written (``user_version``); a newer one is refused."""
+SCHEMA_VERSION = 2
+"""The tables' version that is written (``user_version``). A newer one is refused; an older one is left as it is, for
+the owner of the tables to upgrade."""
 WAL_LIMIT_BYTES = 16 * 1024 * 1024
 """Over this size the owner should call `checkpoint_wal`."""
 LOCK_TIMEOUT_S = 2.0

@@ -17,10 +17,14 @@ import msgspec
 
 from prunus.errors import ProtocolError
 from prunus.persistence.persister import (
+    LOG_LIMIT,
     Claim,
     Effects,
     Event,
+    LogLine,
     NewProcess,
+    Note,
+    Past,
     Posted,
     Query,
     Record,
@@ -46,6 +50,10 @@ class SaveRequest(msgspec.Struct, frozen=True, tag="save"):
     save: Save
 
 
+class NoteRequest(msgspec.Struct, frozen=True, tag="note"):
+    note: Note
+
+
 class ReleaseRequest(msgspec.Struct, frozen=True, tag="release"):
     pid: str
     epoch: int
@@ -66,6 +74,19 @@ class PostRequest(msgspec.Struct, frozen=True, tag="post"):
     body: bytes
 
 
+class ReplyRequest(msgspec.Struct, frozen=True, tag="reply"):
+    pid: str
+    seq: int
+
+
+class SendRequest(msgspec.Struct, frozen=True, tag="send"):
+    pid: str
+    name: str
+    body: bytes
+    at: float
+    sender: str | None = None
+
+
 class LoadRequest(msgspec.Struct, frozen=True, tag="load"):
     pid: str
 
@@ -78,6 +99,22 @@ class HistoryRequest(msgspec.Struct, frozen=True, tag="history"):
     pid: str
 
 
+class LogRequest(msgspec.Struct, frozen=True, tag="log"):
+    pid: str
+    after: int = 0
+    limit: int = LOG_LIMIT
+    last: int | None = None
+
+
+class PastRequest(msgspec.Struct, frozen=True, tag="past"):
+    pid: str
+
+
+class PastCheckpointRequest(msgspec.Struct, frozen=True, tag="past_checkpoint"):
+    pid: str
+    seq: int
+
+
 class DeleteRequest(msgspec.Struct, frozen=True, tag="delete"):
     pid: str
 
@@ -86,30 +123,50 @@ Request = (
     CreateRequest
     | ClaimRequest
     | SaveRequest
+    | NoteRequest
     | ReleaseRequest
     | SetAsideRequest
     | ReviveRequest
     | PostRequest
+    | ReplyRequest
+    | SendRequest
     | LoadRequest
     | QueryRequest
     | HistoryRequest
+    | LogRequest
+    | PastRequest
+    | PastCheckpointRequest
     | DeleteRequest
 )
 
-READING = (LoadRequest, QueryRequest, HistoryRequest)
+READING = (
+    ReplyRequest,
+    LoadRequest,
+    QueryRequest,
+    HistoryRequest,
+    LogRequest,
+    PastRequest,
+    PastCheckpointRequest,
+)
 """Those that change nothing."""
 
 ANSWERS: dict[type, Any] = {
     CreateRequest: bool,
     ClaimRequest: Claim,
     SaveRequest: Saved,
+    NoteRequest: None,
     ReleaseRequest: None,
     SetAsideRequest: None,
     ReviveRequest: Record,
     PostRequest: Posted,
+    ReplyRequest: bytes | None,
+    SendRequest: Posted,
     LoadRequest: Record,
     QueryRequest: list[Record],
     HistoryRequest: list[Event],
+    LogRequest: list[LogLine],
+    PastRequest: list[Past],
+    PastCheckpointRequest: bytes,
     DeleteRequest: None,
 }
 """What each request is answered with."""
@@ -127,6 +184,8 @@ def perform(store: ProcessStore, request: Request, session: str | None = None) -
             return store.claim(pid, owner if session is None else session, at=at)
         case SaveRequest(save):
             return store.save(save)
+        case NoteRequest(note):
+            return store.note(note)
         case ReleaseRequest(pid, epoch):
             return store.release(pid, epoch)
         case SetAsideRequest(pid, epoch, reason):
@@ -135,12 +194,22 @@ def perform(store: ProcessStore, request: Request, session: str | None = None) -
             return store.revive(pid)
         case PostRequest(pid, body):
             return store.post(pid, body)
+        case ReplyRequest(pid, seq):
+            return store.reply(pid, seq)
+        case SendRequest(pid, name, body, at, sender):
+            return store.send(pid, name, body, at=at, sender=sender)
         case LoadRequest(pid):
             return store.load(pid)
         case QueryRequest(query):
             return store.query(query)
         case HistoryRequest(pid):
             return store.history(pid)
+        case LogRequest(pid, after, limit, last):
+            return store.log(pid, after, limit, last=last)
+        case PastRequest(pid):
+            return store.past(pid)
+        case PastCheckpointRequest(pid, seq):
+            return store.past_checkpoint(pid, seq)
         case DeleteRequest(pid):
             return store.delete(pid)
         case _:
@@ -196,6 +265,9 @@ class PersisterOfRequests:
         answer: Saved = await self.ask(SaveRequest(save))
         return answer
 
+    async def note(self, note: Note) -> None:
+        await self.ask(NoteRequest(note))
+
     async def release(self, pid: str, epoch: int) -> None:
         await self.ask(ReleaseRequest(pid, epoch))
 
@@ -210,6 +282,14 @@ class PersisterOfRequests:
         answer: Posted = await self.ask(PostRequest(pid, body))
         return answer
 
+    async def reply(self, pid: str, seq: int) -> bytes | None:
+        answer: bytes | None = await self.ask(ReplyRequest(pid, seq))
+        return answer
+
+    async def send(self, pid: str, name: str, body: bytes, *, at: float, sender: str | None = None) -> Posted:
+        answer: Posted = await self.ask(SendRequest(pid, name, body, at, sender))
+        return answer
+
     async def load(self, pid: str) -> Record:
         answer: Record = await self.ask(LoadRequest(pid))
         return answer
@@ -220,6 +300,20 @@ class PersisterOfRequests:
 
     async def history(self, pid: str) -> Sequence[Event]:
         answer: Sequence[Event] = await self.ask(HistoryRequest(pid))
+        return answer
+
+    async def log(
+        self, pid: str, after: int = 0, limit: int = LOG_LIMIT, *, last: int | None = None
+    ) -> Sequence[LogLine]:
+        answer: Sequence[LogLine] = await self.ask(LogRequest(pid, after, limit, last))
+        return answer
+
+    async def past(self, pid: str) -> Sequence[Past]:
+        answer: Sequence[Past] = await self.ask(PastRequest(pid))
+        return answer
+
+    async def past_checkpoint(self, pid: str, seq: int) -> bytes:
+        answer: bytes = await self.ask(PastCheckpointRequest(pid, seq))
         return answer
 
     async def delete(self, pid: str) -> None:

@@ -9,21 +9,25 @@ Invariants:
 
 * `epoch` only rises, and only `claim` raises it. Who writes names the epoch of its claim and must still be the owner.
   A pid that is used again after `delete` begins above all epochs that it had.
-* A wait is *done* exactly while its target is terminal. Wait rows live as long as the waiter is ``waiting``.
+* The row of a wait says that its target has *ended* exactly while the target is terminal. A process has wait rows, a
+  timer, names and listens only while it is ``waiting``.
+* `ready` is positive for a created or running process and 0 for a terminal one. For a waiting one it is what made it
+  ready since its last save. What a complete group did is undone when one of the group is revived; nothing else is.
 * Whether an unheld process is runnable or called is a function of its row (`_Row.is_runnable`, `_Row.is_called`), used
   wherever a row changes and when everything is looked through (`unheld_work`).
 * An unfinished process that is unheld and runnable or called was reported in the `Effects` of the operation that
   made it so.
 
 Saying an operation again (a client that got no answer does) is harmless: `create` keeps the first one, `claim` only
-raises the epoch, `release`, `set_aside` and a last `save` that are there already are answered as before. Only `post`
-adds a second letter.
+raises the epoch, `release`, `set_aside` and a last `save` that are there already are answered as before. Only `post`,
+`send` and `note` add theirs a second time.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import queue
 import sqlite3
@@ -38,6 +42,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from prunus.errors import (
+    BusyError,
     CheckpointNotFoundError,
     ForkedProcessError,
     InvalidStateError,
@@ -47,6 +52,7 @@ from prunus.errors import (
 )
 from prunus.persistence.database import (
     MEMORY,
+    SCHEMA_VERSION,
     WAL_LIMIT_BYTES,
     checkpoint_wal,
     commit,
@@ -56,17 +62,29 @@ from prunus.persistence.database import (
     wal_bytes,
 )
 from prunus.persistence.persister import (
+    KEPT_STEPS,
+    LOG_LIMIT,
+    MAX_LETTERS,
+    MAX_LOG_LINES,
+    MAX_MAIL,
+    MAX_REPLIES,
     TERMINAL_STATES,
     Claim,
     Effects,
     Event,
     Letter,
+    LogLine,
+    Mail,
     NewProcess,
+    Note,
+    Past,
     Posted,
     Query,
     Record,
+    Reply,
     Save,
     Saved,
+    Tell,
 )
 from prunus.persistence.requests import PersisterOfRequests, Request, perform
 
@@ -78,7 +96,26 @@ MAX_BATCH = 256
 MAX_QUERY_STATES = 32
 """The most states that one query names (there are six)."""
 
+MAX_TIMERS = 1000
+"""The most timers that one call fires."""
+
+LOG_BLOCK = MAX_LOG_LINES // 10
+"""Old lines of a log are forgotten so many at a time."""
+
 NOTHING = Effects()
+
+# What makes a process ready (column `process.ready`).
+_PARKED = 0
+_BY_GROUP = 1
+"""A complete group; a revival in it takes this back."""
+_READY = 2
+"""Its state, a timer, mail, or its own revival."""
+
+# What the waiter knows of its target (column `wait.ended`).
+_ALIVE = 0
+_NEWS = 1
+"""It has ended, and the waiter has not looked at that."""
+_SEEN = 2
 
 logger = logging.getLogger(__name__)
 
@@ -93,31 +130,52 @@ class ProcessStore:
     def __init__(
         self, connection: sqlite3.Connection, *, epoch_floor: int = 0, clock: Callable[[], float] = time.time
     ) -> None:
+        """Make the tables, or upgrade those of an older version, in the caller's transaction or in one of its own."""
         self._connection = connection
         self._clock = clock
         self.path = database_path(connection)
         alone = not connection.in_transaction
         if alone:
             self._run("BEGIN")
-        for statement in _TABLES:
-            self._run(statement)
-        [deleted] = self._run(_DELETED_EPOCH).fetchone()
+        try:
+            self._upgrade()
+            for statement in _TABLES:
+                self._run(statement)
+            [deleted] = self._run(_DELETED_EPOCH).fetchone()
+            if alone:
+                commit(connection)
+        except BaseException:
+            if alone and connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
         self._epoch_floor = max(epoch_floor, deleted + 1)
-        if alone:
-            commit(connection)
 
     # --- the operations of the seam -----------------------------------------------------------------
 
     def create(self, process: NewProcess) -> tuple[bool, Effects]:
-        at = process.created_at
-        created = self._run(_CREATE, process.pid, process.class_id, process.parent, at, at)
+        if process.state not in _FIRST_STATES:
+            raise ValueError(f"a new process is {' or '.join(_FIRST_STATES)}, not {process.state}")
+        created = self._run(
+            _CREATE,
+            process.pid,
+            process.class_id,
+            process.parent,
+            process.parent_close,
+            process.created_at,
+            process.created_at,
+            process.state,
+            process.state,
+            process.play,
+            process.step,
+            process.status,
+        )
         if created.rowcount == 0:
             return False, NOTHING
         n = created.lastrowid
         self._run(_SET_CHECKPOINT, n, process.checkpoint)
         for tag in dict.fromkeys(process.tags):
             self._run(_ADD_TAG, n, tag)
-        return True, Effects(runnable=(process.pid,))
+        return True, Effects(runnable=(process.pid,)) if process.play == "playing" else NOTHING
 
     def claim(self, pid: str, owner: str, *, at: float) -> tuple[Claim, Effects]:
         row = self._find(pid)
@@ -127,47 +185,61 @@ class ProcessStore:
         self._run(_CLAIM, epoch, owner, self._clock(), row.n)
         self._add_events(row.n, [Event(subject="claimed", at=at)], owner)
         record = self._record(row.n, content=True)
-        results = dict(self._run(_RESULTS_WAITED_FOR, row.n))
-        return Claim(record=record, epoch=epoch, inbox=self._letters(row), results=results), NOTHING
+        results = dict(self._run(_RESULTS_WAITED_FOR, row.n)) if row.state == "waiting" else {}
+        mail = self._oldest_mail(row)
+        inbox = self._letters(row.n) if row.inbox_last > row.inbox_done else ()
+        return Claim(record=record, epoch=epoch, inbox=inbox, results=results, mail=mail), NOTHING
 
     def save(self, save: Save) -> tuple[Saved, Effects]:
         row = self._find(save.pid)
         if self._must_own(row, save.epoch, lambda: self._is_saved(row, save)):
             return Saved(seq=row.seq), NOTHING
+        _check(save)
         terminal = save.state in TERMINAL_STATES
-        if terminal and save.result is None:
-            raise ValueError(f"process {save.pid} ends without a result: whoever waits for it could never go on")
+        now = self._clock()
 
         effects = [self.create(child)[1] for child in save.children]
         inbox_done = row.inbox_last if terminal else max(row.inbox_done, min(save.inbox_done, row.inbox_last))
         if inbox_done > row.inbox_done:
             self._run(_FORGET_LETTERS, row.n, inbox_done)
-        if row.state == "waiting":
-            self._run(_FORGET_WAITS, row.n)
-        if save.state == "waiting":
-            for target in dict.fromkeys(save.waits):
-                found = self._find(target)
-                self._run(_ADD_WAIT, row.n, found.n, found.is_terminal)
+        if save.replies:
+            self._add_replies(row.n, save.replies)
+        mail_count = self._consume(row, save) if row.mail_count else 0
         if save.checkpoint is not None:
             self._run(_SET_CHECKPOINT, row.n, save.checkpoint)
+            if save.keep_as is not None:
+                self._run(_KEEP_STEP, row.n, row.seq + 1, save.keep_as, now, save.checkpoint)
+                self._run(_FORGET_STEPS, row.n, row.n, KEPT_STEPS)
         if terminal:
             self._run(_SET_RESULT, save.result, row.n)
         self._add_events(row.n, save.events, row.owner)
+        if save.lines:
+            self._add_lines(row.n, save.lines)
+
         good_state = row.good_state if terminal or save.checkpoint is None else save.state
-        suspended = save.suspended and save.state == "waiting"
-        seen = (good_state, save.status, save.step, inbox_done, suspended, self._clock())
         owner = None if terminal or save.release else row.owner
-        if (save.state, save.play, owner, None) == (row.state, row.play, row.owner, row.aside):
-            self._run(_SAVE_IN_PLACE, *seen, row.n)
+        said = (good_state, save.status, save.step, save.progress, save.detail, now)
+        stays = save.state == row.state and save.play == row.play and owner == row.owner and row.aside is None
+        if stays and inbox_done == row.inbox_done and save.state != "waiting":
+            self._run(_SAVE_IN_PLACE, *said, row.n)
         else:
-            self._run(_SAVE, *seen, save.state, save.play, owner, row.n)
-        effects += [self._post_if_alive(*letter) for letter in save.letters]
+            wakes = self._wakes(row, save, mail_count, now)
+            self._run(_SAVE, *said, save.state, save.play, owner, inbox_done, *wakes, row.n)
+        effects += [self._tell(save.pid, tell) for tell in save.tells]
         if terminal:
             effects.append(self._wake_waiters(row.n))
         elif save.release:
             effects.append(self._effects_on(save.pid))
-        left = () if terminal else self._letters(row._replace(inbox_done=inbox_done))
+        left = self._letters(row.n) if row.inbox_last > inbox_done else ()
         return Saved(seq=row.seq + 1, inbox=left), merge(effects)
+
+    def note(self, note: Note) -> tuple[None, Effects]:
+        row = self._find(note.pid)
+        self._must_own(row, note.epoch, lambda: False)
+        if note.lines:
+            self._add_lines(row.n, note.lines)
+        self._run(_NOTE, note.progress, note.detail, note.status, self._clock(), row.n)
+        return None, NOTHING
 
     def release(self, pid: str, epoch: int) -> tuple[None, Effects]:
         row = self._find(pid)
@@ -193,22 +265,41 @@ class ProcessStore:
         self._run(_REVIVE, row.good_state if row.is_terminal else row.state, self._clock(), row.n)
         if row.is_terminal:
             self._run(_SET_RESULT, None, row.n)
-            self._run(_SET_WAITS_DONE, False, row.n)
+            if self._run(_SET_ENDED, _ALIVE, row.n).rowcount:
+                self._run(_TAKE_BACK, row.n)
         return self._record(row.n), self._effects_on(pid)
 
     def post(self, pid: str, body: bytes) -> tuple[Posted, Effects]:
         row = self._find(pid)
         if row.is_terminal:
             return Posted(seq=0, state=row.state), NOTHING
+        if row.inbox_last - row.inbox_done >= MAX_LETTERS:
+            raise BusyError(f"process {pid} has {MAX_LETTERS} letters that it has not dealt with; try again later")
         seq = row.inbox_last + 1
         self._run(_ADD_LETTER, row.n, seq, body)
         self._run(_COUNT_LETTER, seq, row.n)
         effects = Effects(called=(pid,)) if row.owner is None else Effects(nudged=((row.owner, pid),))
         return Posted(seq=seq, state=row.state, owner=row.owner, epoch=row.epoch), effects
 
+    def reply(self, pid: str, seq: int) -> tuple[bytes | None, Effects]:
+        found = self._run(_REPLY, self._find(pid).n, seq).fetchone()
+        return (None if found is None else found[0]), NOTHING
+
+    def send(self, pid: str, name: str, body: bytes, *, at: float, sender: str | None = None) -> tuple[Posted, Effects]:
+        row = self._find(pid)
+        if row.is_terminal:
+            return Posted(seq=0, state=row.state), NOTHING
+        if row.mail_count >= MAX_MAIL:
+            raise BusyError(f"process {pid} has {MAX_MAIL} messages that it has not consumed; try again later")
+        seq = row.mail_last + 1
+        self._run(_ADD_MAIL, row.n, seq, name, body, at, sender)
+        self._run(_COUNT_MAIL, seq, row.mail_count + 1, row.n)
+        effects = self._make_ready(row, _READY) if name in _decode_texts(row.listens) else NOTHING
+        return Posted(seq=seq, state=row.state, owner=row.owner, epoch=row.epoch), effects
+
     def load(self, pid: str) -> tuple[Record, Effects]:
         row = self._find(pid)
-        return msgspec.structs.replace(self._record(row.n, content=True), inbox=self._letters(row)), NOTHING
+        return msgspec.structs.replace(self._record(row.n, content=True), inbox=self._letters(row.n)), NOTHING
 
     def query(self, query: Query) -> tuple[list[Record], Effects]:
         if len(query.states) > MAX_QUERY_STATES:
@@ -224,6 +315,32 @@ class ProcessStore:
             Event(seq=seq, subject=subject, at=at, step=step, note=note, by=by)
             for seq, subject, at, step, note, by in self._run(_HISTORY, self._find(pid).n)
         ], NOTHING
+
+    def log(
+        self, pid: str, after: int = 0, limit: int = LOG_LIMIT, *, last: int | None = None
+    ) -> tuple[list[LogLine], Effects]:
+        count = limit if last is None else last
+        if after < 0 or not 1 <= count <= LOG_LIMIT:
+            raise ValueError(
+                f"a log answers with 1 to {LOG_LIMIT} lines after line 0 or later, not {count} after {after}"
+            )
+        n = self._find(pid).n
+        rows = self._run(_LOG, n, after, count) if last is None else self._run(_LOG_END, n, after, count)
+        lines = [
+            LogLine(seq=seq, at=at, text=text, level=level, source=source, step=step)
+            for seq, at, text, level, source, step in rows
+        ]
+        return (lines if last is None else lines[::-1]), NOTHING
+
+    def past(self, pid: str) -> tuple[list[Past], Effects]:
+        return [Past(*values) for values in self._run(_PAST, self._find(pid).n)], NOTHING
+
+    def past_checkpoint(self, pid: str, seq: int) -> tuple[bytes, Effects]:
+        row = self._find(pid)
+        found = self._run(_PAST_CHECKPOINT, row.n, seq).fetchone()
+        if found is None:
+            raise InvalidStateError(row.state, f"one of which the checkpoint of save {seq} is kept (see its steps)")
+        return found[0], NOTHING
 
     def delete(self, pid: str) -> tuple[None, Effects]:
         row = self._find(pid)
@@ -250,12 +367,25 @@ class ProcessStore:
         return merge(effects)
 
     def unheld_work(self) -> Effects:
-        """All unheld processes that are runnable or called now: each must have a task."""
-        rows = [_Row(*values) for values in self._run(_FIND_UNHELD)]
+        """All unheld processes that are runnable or called now: each must have a task. Costs nothing for the others."""
+        runnable = [_Row(*values) for values in self._run(_FIND_RUNNABLE)]
+        called = [_Row(*values) for values in self._run(_FIND_CALLED)]
         return Effects(
-            runnable=tuple(row.pid for row in rows if row.is_runnable),
-            called=tuple(row.pid for row in rows if row.is_called),
+            runnable=tuple(row.pid for row in runnable if row.is_runnable),
+            called=tuple(row.pid for row in called if row.is_called),
         )
+
+    def next_wake(self) -> float | None:
+        """The wall-clock time of the next timer; None if there is none."""
+        found = self._run(_NEXT_WAKE).fetchone()
+        return None if found is None else found[0]
+
+    def fire_timers(self, now: float) -> Effects:
+        """What waits for a wall-clock time up to `now` is ready; the earliest `MAX_TIMERS` at once, call it again for
+        the others."""
+        rows = [_Row(*values) for values in self._run(_FIND_DUE, now, MAX_TIMERS)]
+        self._run_many(_FIRE, [(row.n,) for row in rows])
+        return merge(self._make_ready(row, _READY) for row in rows)
 
     def held(self) -> tuple[str, ...]:
         """All processes that somebody claimed and did not give back. Only its claimer knows whether it still lives."""
@@ -270,10 +400,35 @@ class ProcessStore:
     def _run(self, statement: str, *values: Any) -> sqlite3.Cursor:
         try:
             return self._connection.execute(statement, values)
-        except sqlite3.OperationalError as error:
-            raise (full_disk(error, self._connection) or error) from error
-        except (sqlite3.IntegrityError, sqlite3.DataError) as error:  # a time that is no number, a value over 1 GB
-            raise ValueError(f"a process store can't keep this: {error}") from error
+        except sqlite3.Error as error:
+            raise self._as_ours(error) from error
+
+    def _run_many(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        if not rows:
+            return
+        try:
+            self._connection.executemany(statement, rows)
+        except sqlite3.Error as error:
+            raise self._as_ours(error) from error
+
+    def _as_ours(self, error: sqlite3.Error) -> Exception:
+        match error:
+            case sqlite3.OperationalError():
+                return full_disk(error, self._connection) or error
+            case sqlite3.IntegrityError() | sqlite3.DataError():  # a time that is no number, a value over 1 GB
+                return ValueError(f"a process store can't keep this: {error}")
+            case _:
+                return error
+
+    def _upgrade(self) -> None:
+        """Bring the tables of an older version to this one; everything in them goes on."""
+        [version] = self._run("PRAGMA user_version").fetchone()
+        if version != 1:
+            return
+        if self._run(_HAS_TABLES).fetchone():
+            for statement in _FROM_VERSION_1:
+                self._run(statement)
+        self._run(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _find(self, pid: str) -> _Row:
         values = self._run(_FIND, pid).fetchone()
@@ -299,10 +454,8 @@ class ProcessStore:
         checkpoint, result = self._run(_CONTENT, n).fetchone() if content else (None, None)
         return _record_of(self._run(f"{_RECORD} WHERE n = ?", n).fetchone(), checkpoint=checkpoint, result=result)
 
-    def _letters(self, row: _Row) -> tuple[Letter, ...]:
-        if row.inbox_last <= row.inbox_done:
-            return ()
-        return tuple(Letter(seq, body) for seq, body in self._run(_LETTERS, row.n))
+    def _letters(self, n: int) -> tuple[Letter, ...]:
+        return tuple(Letter(seq, body) for seq, body in self._run(_LETTERS, n))
 
     def _add_events(self, n: int, events: Sequence[Event], by: str | None) -> None:
         if not events:
@@ -311,17 +464,127 @@ class ProcessStore:
         for seq, event in enumerate(events, last + 1):
             self._run(_ADD_EVENT, n, seq, event.subject, event.at, event.step, event.note, by)
 
-    def _post_if_alive(self, pid: str, body: bytes) -> Effects:
-        try:
-            return self.post(pid, body)[1]
-        except CheckpointNotFoundError:
+    def _add_lines(self, n: int, lines: Sequence[LogLine]) -> None:
+        [last] = self._run(_LAST_LINE, n).fetchone()
+        self._run_many(
+            _ADD_LINE,
+            [
+                (n, seq, line.at, line.text, line.level, line.source, line.step)
+                for seq, line in enumerate(lines, last + 1)
+            ],
+        )
+        end = last + len(lines)
+        if end // LOG_BLOCK > last // LOG_BLOCK:
+            self._run(_FORGET_LINES, n, end - MAX_LOG_LINES)
+
+    def _add_replies(self, n: int, replies: Sequence[Reply]) -> None:
+        self._run_many(_ADD_REPLY, [(n, reply.seq, reply.body) for reply in replies])
+        self._run(_FORGET_REPLIES, n, n, MAX_REPLIES)
+
+    def _consume(self, row: _Row, save: Save) -> int:
+        """Forget the mail that is used up, or that nobody will ever use; how much is left."""
+        if save.state in TERMINAL_STATES and save.state != "excepted":
+            self._run(_FORGET_ALL_MAIL, row.n)
+            left = 0
+        else:
+            left = row.mail_count - sum(self._run(_FORGET_MAIL, row.n, seq).rowcount for seq in save.consumed)
+        if left != row.mail_count:
+            self._run(_COUNT_MAIL, row.mail_last, left, row.n)
+        return left
+
+    def _oldest_mail(self, row: _Row) -> tuple[Mail, ...]:
+        if not row.mail_count or row.names is None:
+            return ()
+        found = (self._run(_OLDEST_MAIL, row.n, name).fetchone() for name in _decode_texts(row.names))
+        return tuple(Mail(*values) for values in found if values is not None)
+
+    def _wakes(self, row: _Row, save: Save, mail_count: int, now: float) -> _Wakes:
+        """Keep what a save waits for; what that makes of its row."""
+        if save.state != "waiting":
+            if row.state == "waiting":
+                self._run(_FORGET_WAITS, row.n)
+            return _Wakes(_PARKED if save.state in TERMINAL_STATES else _READY)
+        ready = _BY_GROUP if self._keep_waits(row, save) else _PARKED
+        wake_at = save.wake_at
+        if wake_at is not None and wake_at <= now:
+            ready, wake_at = _READY, None
+        names, listens = _encode_texts(save.names), _encode_texts(save.listens)
+        if mail_count and listens is not None and self._run(_ANY_MAIL, row.n, listens).fetchone():
+            ready = _READY
+        return _Wakes(ready, wake_at, names, listens)
+
+    def _keep_waits(self, row: _Row, save: Save) -> bool:
+        """Write what is new in its groups, and no more; whether one of them is complete and has news."""
+        standing: dict[int, list[_Wait]] = {}
+        if row.state == "waiting":
+            for wait in map(_Wait._make, self._run(_WAITS, row.n)):
+                standing.setdefault(wait.grp, []).append(wait)
+        last = max(standing, default=0)
+        known = {frozenset(wait.pid for wait in group): group for group in standing.values()}
+        wanted = dict.fromkeys(map(frozenset, save.waits))
+        self._run_many(
+            _FORGET_WAIT,
+            [
+                (row.n, wait.ended, wait.grp, wait.target)
+                for pids, group in known.items()
+                if pids not in wanted
+                for wait in group
+            ],
+        )
+        seen = frozenset(save.seen)
+        added: list[tuple[int, int, int, int]] = []
+        changed: list[tuple[int, int, int, int, int]] = []
+        has_news = False
+        for number, pids in enumerate(wanted, last + 1):
+            group = known.get(pids)
+            is_new = group is None
+            least = _SEEN
+            for wait in group or [self._new_wait(number, pid) for pid in sorted(pids)]:
+                ended = wait.ended and (_SEEN if wait.pid in seen else _NEWS)
+                if is_new:
+                    added.append((row.n, ended, number, wait.target))
+                elif ended != wait.ended:
+                    changed.append((ended, row.n, wait.ended, wait.grp, wait.target))
+                least = min(least, ended)
+            has_news = has_news or least == _NEWS
+        self._run_many(_ADD_WAIT, added)
+        self._run_many(_CHANGE_WAIT, changed)
+        return has_news
+
+    def _new_wait(self, grp: int, pid: str) -> _Wait:
+        found = self._run(_FIND_TARGET, pid).fetchone()
+        if found is None:
+            raise CheckpointNotFoundError(pid)
+        n, state = found
+        return _Wait(grp, n, pid, _NEWS if state in TERMINAL_STATES else _ALIVE)
+
+    def _tell(self, parent: str, tell: Tell) -> Effects:
+        """A letter for its children, however many."""
+        to = _encode_texts(tell.to)
+        if to is None:
             return NOTHING
+        children = self._run(_FIND_TOLD, parent, to).fetchall()
+        if not children:
+            return NOTHING
+        self._run(_ADD_LETTERS, tell.body, parent, to)
+        self._run(_COUNT_LETTERS, parent, to)
+        return Effects(
+            called=tuple(pid for pid, owner in children if owner is None),
+            nudged=tuple((owner, pid) for pid, owner in children if owner is not None),
+        )
 
     def _wake_waiters(self, target: int) -> Effects:
-        """The process `target` is terminal now: who waited for nothing else?"""
-        self._run(_SET_WAITS_DONE, True, target)
-        waiters = [_Row(*values) for values in self._run(_FIND_WAITERS, target).fetchall()]
-        return Effects(runnable=tuple(row.pid for row in waiters if row.is_runnable))
+        """The process `target` is terminal now: whose groups did that complete?"""
+        if not self._run(_SET_ENDED, _NEWS, target).rowcount:
+            return NOTHING
+        waiters = [_Row(*values) for values in self._run(_FIND_COMPLETED, target)]
+        return merge(self._make_ready(row, _BY_GROUP) for row in waiters)
+
+    def _make_ready(self, row: _Row, by: int) -> Effects:
+        if by > row.ready:
+            self._run(_SET_READY, by, row.n)
+        became = row.ready == _PARKED and row._replace(ready=by).is_runnable
+        return Effects(runnable=(row.pid,)) if became else NOTHING
 
     def _effects_on(self, pid: str) -> Effects:
         row = self._find(pid)
@@ -340,11 +603,14 @@ class _Row(NamedTuple):
     owner: str | None
     seq: int
     aside: str | None
-    suspended: int
+    ready: int
+    names: str | None
+    listens: str | None
     inbox_done: int
     inbox_claimed: int
     inbox_last: int
-    waiting: int
+    mail_last: int
+    mail_count: int
 
     @property
     def is_terminal(self) -> bool:
@@ -353,8 +619,7 @@ class _Row(NamedTuple):
     @property
     def is_runnable(self) -> bool:
         """Nobody holds it and it can step."""
-        idle = self.owner is not None or self.is_terminal or self.aside is not None
-        return not (idle or self.play != "playing" or self.suspended or self.waiting)
+        return self.owner is None and self.aside is None and self.play == "playing" and self.ready > _PARKED
 
     @property
     def is_called(self) -> bool:
@@ -362,6 +627,38 @@ class _Row(NamedTuple):
         set it aside could do nothing with the others."""
         dealt_with = self.inbox_done if self.aside is None else max(self.inbox_done, self.inbox_claimed)
         return self.owner is None and not self.is_terminal and self.inbox_last > dealt_with
+
+
+class _Wait(NamedTuple):
+    """One process in one of the groups of another (the columns of `_WAITS`)."""
+
+    grp: int
+    target: int
+    pid: str
+    ended: int
+
+
+class _Wakes(NamedTuple):
+    """What is to wake a process, as its row has it."""
+
+    ready: int
+    wake_at: float | None = None
+    names: str | None = None
+    listens: str | None = None
+
+
+def _check(save: Save) -> None:
+    """Raises `ValueError` for a save that can't be meant."""
+    if save.state in TERMINAL_STATES and save.result is None:
+        raise ValueError(f"process {save.pid} ends without a result: whoever waits for it could never go on")
+    if save.keep_as is not None and save.checkpoint is None:
+        raise ValueError(f"process {save.pid} has no checkpoint to be kept as the step {save.keep_as!r}")
+    if () in save.waits:
+        raise ValueError(f"process {save.pid} waits for a group of no processes, which nobody can complete")
+    if save.wake_at is not None and math.isnan(save.wake_at):
+        raise ValueError(f"process {save.pid} waits for a time that is no number: nothing would ever wake it")
+    if save.listens and (stray := set(save.listens).difference(save.names)):
+        raise ValueError(f"process {save.pid} listens for mail that it does not wait for: {', '.join(sorted(stray))}")
 
 
 def merge(effects: Iterable[Effects]) -> Effects:
@@ -378,22 +675,39 @@ def merge(effects: Iterable[Effects]) -> Effects:
 
 def _record_of(row: tuple[Any, ...], **content: Any) -> Record:
     """From the columns of `_RECORD`."""
-    *values, tags, waits = row
+    *values, names, tags, waits = row
     return Record(
         **dict(zip(_RECORD_FIELDS, values, strict=True)),
         **content,
+        names=_decode_texts(names),
         tags=_decode_texts(tags),
         waits=_decode_texts(waits),
     )
 
 
-_decode_texts = msgspec.json.Decoder(tuple[str, ...]).decode
+def _encode_texts(texts: Sequence[str]) -> str | None:
+    return msgspec.json.encode(texts).decode() if texts else None
+
+
+def _decode_texts(texts: str | None) -> tuple[str, ...]:
+    return () if texts is None else _TEXTS_DECODER.decode(texts)
+
+
+_TEXTS_DECODER = msgspec.json.Decoder(tuple[str, ...])
 
 
 # --- the statements ---------------------------------------------------------------------------------
 
 _UNFINISHED = "state NOT IN ('excepted', 'finished', 'killed')"
-"""Written the same everywhere: SQLite uses the partial indexes only for the very same condition."""
+
+_RUNNABLE = f"owner IS NULL AND aside IS NULL AND play = 'playing' AND ready > {_PARKED}"
+"""`_Row.is_runnable`. Written the same everywhere: SQLite uses a partial index only for the very same condition."""
+
+_CALLED = "owner IS NULL AND inbox_last > inbox_done"
+"""At least those that are `_Row.is_called`."""
+
+_FIRST_STATES = ("created", "running")
+_LIVING_STATES = (*_FIRST_STATES, "waiting")
 
 _TABLES = (
     # The facts. `n` is the order of creation; what is large lives elsewhere, so that a claim rewrites little.
@@ -402,6 +716,7 @@ _TABLES = (
         pid TEXT NOT NULL UNIQUE,
         class_id TEXT NOT NULL,
         parent TEXT,
+        parent_close TEXT NOT NULL DEFAULT 'kill',
         state TEXT NOT NULL,
         play TEXT NOT NULL,
         good_state TEXT NOT NULL,          -- that of the last checkpoint that is not an end: a revived process is in it
@@ -412,19 +727,28 @@ _TABLES = (
         seq INTEGER NOT NULL DEFAULT 0,
         status TEXT,
         step TEXT,
+        progress REAL,
+        detail TEXT,
         aside TEXT,
-        suspended INTEGER NOT NULL DEFAULT 0,
+        ready INTEGER NOT NULL DEFAULT 0,
+        wake_at REAL,
+        names TEXT,                        -- JSON; NULL for none
+        listens TEXT,
         inbox_done INTEGER NOT NULL DEFAULT 0,
         inbox_claimed INTEGER NOT NULL DEFAULT 0,  -- `inbox_last` at the last claim
-        inbox_last INTEGER NOT NULL DEFAULT 0
+        inbox_last INTEGER NOT NULL DEFAULT 0,
+        mail_last INTEGER NOT NULL DEFAULT 0,
+        mail_count INTEGER NOT NULL DEFAULT 0      -- the rows in `mail`
     )""",
     "CREATE INDEX IF NOT EXISTS process_by_state ON process (state)",
     "CREATE INDEX IF NOT EXISTS process_by_class ON process (class_id)",
     "CREATE INDEX IF NOT EXISTS process_by_parent ON process (parent)",
-    f"CREATE INDEX IF NOT EXISTS process_unfinished ON process (n) WHERE {_UNFINISHED}",
     "CREATE INDEX IF NOT EXISTS process_not_playing ON process (play) WHERE play <> 'playing'",
     "CREATE INDEX IF NOT EXISTS process_aside ON process (n) WHERE aside IS NOT NULL",
     "CREATE INDEX IF NOT EXISTS process_held ON process (owner) WHERE owner IS NOT NULL",
+    f"CREATE INDEX IF NOT EXISTS process_runnable ON process (n) WHERE {_RUNNABLE}",
+    f"CREATE INDEX IF NOT EXISTS process_called ON process (n) WHERE {_CALLED}",
+    "CREATE INDEX IF NOT EXISTS process_timer ON process (wake_at) WHERE wake_at IS NOT NULL",
     # The checkpoint and the result of a process, opaque.
     """CREATE TABLE IF NOT EXISTS content (
         process INTEGER PRIMARY KEY REFERENCES process (n) ON DELETE CASCADE,
@@ -437,20 +761,60 @@ _TABLES = (
     )""",
     "CREATE INDEX IF NOT EXISTS tag_of_process ON tag (process)",
     "CREATE INDEX IF NOT EXISTS tag_by_name ON tag (tag, process)",
-    # Who waits for whom. Kept when done, until the waiter goes on: a claim brings the results.
+    # Who waits for whom, in groups. Kept when ended, until the waiter goes on: a claim brings the results.
     """CREATE TABLE IF NOT EXISTS wait (
         waiter INTEGER NOT NULL REFERENCES process (n) ON DELETE CASCADE,
+        ended INTEGER NOT NULL,
+        grp INTEGER NOT NULL,
         target INTEGER NOT NULL REFERENCES process (n),
-        done INTEGER NOT NULL,
-        PRIMARY KEY (waiter, done, target)  -- in this order: is any still open? is one step, however many there are
+        PRIMARY KEY (waiter, ended, grp, target)  -- in this order: is any in a group still alive? is one step
     ) WITHOUT ROWID""",
     "CREATE INDEX IF NOT EXISTS wait_for_target ON wait (target)",
+    # Letters, until they are dealt with.
     """CREATE TABLE IF NOT EXISTS inbox (
         process INTEGER NOT NULL REFERENCES process (n) ON DELETE CASCADE,
         seq INTEGER NOT NULL,
         body BLOB NOT NULL,
         PRIMARY KEY (process, seq)
     ) WITHOUT ROWID""",
+    # Answers to letters; `seq` is the letter's.
+    """CREATE TABLE IF NOT EXISTS reply (
+        process INTEGER NOT NULL REFERENCES process (n) ON DELETE CASCADE,
+        seq INTEGER NOT NULL,
+        body BLOB NOT NULL,
+        PRIMARY KEY (process, seq)
+    ) WITHOUT ROWID""",
+    # Named messages, until they are consumed.
+    """CREATE TABLE IF NOT EXISTS mail (
+        process INTEGER NOT NULL REFERENCES process (n) ON DELETE CASCADE,
+        seq INTEGER NOT NULL,
+        name TEXT NOT NULL,
+        body BLOB NOT NULL,
+        at REAL NOT NULL,
+        sender TEXT,
+        PRIMARY KEY (process, seq)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX IF NOT EXISTS mail_by_name ON mail (process, name, seq)",
+    # What its steps said.
+    """CREATE TABLE IF NOT EXISTS line (
+        process INTEGER NOT NULL REFERENCES process (n) ON DELETE CASCADE,
+        seq INTEGER NOT NULL,
+        at REAL NOT NULL,
+        text TEXT NOT NULL,
+        level TEXT NOT NULL,
+        source TEXT,
+        step TEXT,
+        PRIMARY KEY (process, seq)
+    ) WITHOUT ROWID""",
+    # Past checkpoints; `seq` is that of the save. With a rowid: what is large stays out of the index.
+    """CREATE TABLE IF NOT EXISTS past (
+        process INTEGER NOT NULL REFERENCES process (n) ON DELETE CASCADE,
+        seq INTEGER NOT NULL,
+        step TEXT NOT NULL,
+        at REAL NOT NULL,
+        checkpoint BLOB NOT NULL,
+        PRIMARY KEY (process, seq)
+    )""",
     """CREATE TABLE IF NOT EXISTS event (
         process INTEGER NOT NULL REFERENCES process (n) ON DELETE CASCADE,
         seq INTEGER NOT NULL,
@@ -465,9 +829,39 @@ _TABLES = (
     "CREATE TABLE IF NOT EXISTS fence (epoch INTEGER NOT NULL)",
 )
 
-_CREATE = """
-    INSERT INTO process (pid, class_id, parent, created_at, updated_at, state, play, good_state)
-    VALUES (?, ?, ?, ?, ?, 'created', 'playing', 'created') ON CONFLICT (pid) DO NOTHING"""
+_HAS_TABLES = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'process'"
+
+_FROM_VERSION_1 = (
+    # There a wait was one group, `done` or not, and who waited for a letter alone was `suspended`.
+    "ALTER TABLE process RENAME COLUMN suspended TO ready",
+    "ALTER TABLE process ADD COLUMN parent_close TEXT NOT NULL DEFAULT 'kill'",
+    "ALTER TABLE process ADD COLUMN progress REAL",
+    "ALTER TABLE process ADD COLUMN detail TEXT",
+    "ALTER TABLE process ADD COLUMN wake_at REAL",
+    "ALTER TABLE process ADD COLUMN names TEXT",
+    "ALTER TABLE process ADD COLUMN listens TEXT",
+    "ALTER TABLE process ADD COLUMN mail_last INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE process ADD COLUMN mail_count INTEGER NOT NULL DEFAULT 0",
+    f"""UPDATE process SET ready = CASE
+            WHEN state IN ('excepted', 'finished', 'killed') THEN {_PARKED}
+            WHEN state <> 'waiting' THEN {_READY}
+            WHEN ready OR EXISTS (SELECT 1 FROM wait WHERE waiter = process.n AND done = 0) THEN {_PARKED}
+            WHEN EXISTS (SELECT 1 FROM wait WHERE waiter = process.n) THEN {_BY_GROUP}
+            ELSE {_READY} END""",
+    "DROP INDEX process_unfinished",
+    "DROP INDEX wait_for_target",
+    "ALTER TABLE wait RENAME TO wait_of_version_1",
+    next(table for table in _TABLES if "EXISTS wait (" in table),
+    f"""INSERT INTO wait (waiter, ended, grp, target)
+        SELECT waiter, CASE done WHEN 0 THEN {_ALIVE} ELSE {_NEWS} END, 1, target FROM wait_of_version_1""",
+    "DROP TABLE wait_of_version_1",
+)
+"""How the tables of version 1 become these; those that are new are made as in a new database."""
+
+_CREATE = f"""
+    INSERT INTO process (pid, class_id, parent, parent_close, created_at, updated_at, state, good_state, play, step,
+                         status, ready)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, {_READY}) ON CONFLICT (pid) DO NOTHING"""
 """A new process, unless its pid is taken."""
 
 _SET_CHECKPOINT = """
@@ -488,24 +882,52 @@ _ADD_TAG = "INSERT INTO tag (process, tag) VALUES (?, ?)"
 """One tag of a new process; they keep their order."""
 
 _FACTS = """
-    SELECT n, pid, state, play, good_state, epoch, owner, seq, aside, suspended, inbox_done, inbox_claimed, inbox_last,
-           EXISTS (SELECT 1 FROM wait WHERE waiter = process.n AND done = 0)
+    SELECT n, pid, state, play, good_state, epoch, owner, seq, aside, ready, names, listens,
+           inbox_done, inbox_claimed, inbox_last, mail_last, mail_count
     FROM process"""
 """The columns of `_Row`."""
 
 _FIND = f"{_FACTS} WHERE pid = ?"
 """One process by its pid."""
 
-_FIND_WAITERS = f"{_FACTS} WHERE n IN (SELECT waiter FROM wait WHERE target = ?) ORDER BY n"
-"""Those that declared to wait for a process."""
+_FIND_TARGET = "SELECT n, state FROM process WHERE pid = ?"
+"""What a wait needs to know of a process."""
 
-_FIND_UNHELD = f"{_FACTS} WHERE {_UNFINISHED} AND owner IS NULL ORDER BY n"
-"""Everything that is alive and that nobody holds."""
+_GROUP_IS_COMPLETE = f"""
+    NOT EXISTS (SELECT 1 FROM wait WHERE waiter = member.waiter AND ended = {_ALIVE} AND grp = member.grp)"""
 
-_FIND_HELD = f"SELECT pid FROM process WHERE {_UNFINISHED} AND owner IS NOT NULL ORDER BY n"
+_FIND_COMPLETED = f"""{_FACTS}
+    WHERE n IN (SELECT waiter FROM wait AS member WHERE target = ? AND {_GROUP_IS_COMPLETE}) ORDER BY n"""
+"""Those with a complete group in which is the process that has ended."""
+
+_FIND_RUNNABLE = f"{_FACTS} WHERE {_RUNNABLE} ORDER BY n"
+"""Everything that somebody must claim to step."""
+
+_FIND_CALLED = f"{_FACTS} WHERE {_CALLED} ORDER BY n"
+"""Everything that somebody must claim for its letters (some of those that are aside have no new ones)."""
+
+_FIND_DUE = f"{_FACTS} WHERE wake_at <= ? ORDER BY wake_at LIMIT ?"
+"""Everything whose timer has run out, the earliest first."""
+
+_NEXT_WAKE = "SELECT wake_at FROM process WHERE wake_at IS NOT NULL ORDER BY wake_at LIMIT 1"
+"""The next timer."""
+
+_FIRE = "UPDATE process SET wake_at = NULL WHERE n = ?"
+"""A timer has fired."""
+
+_SET_READY = "UPDATE process SET ready = ? WHERE n = ?"
+"""A waiting process may go on."""
+
+_TAKE_BACK = f"""
+    UPDATE process SET ready = {_PARKED}
+    WHERE n IN (SELECT waiter FROM wait WHERE target = ?) AND ready = {_BY_GROUP} AND NOT EXISTS (
+        SELECT 1 FROM wait AS member WHERE waiter = process.n AND ended = {_NEWS} AND {_GROUP_IS_COMPLETE})"""
+"""A process was revived: its waiters have one complete group less."""
+
+_FIND_HELD = "SELECT pid FROM process INDEXED BY process_held WHERE owner IS NOT NULL ORDER BY n"
 """Everything that somebody holds."""
 
-_FIND_HELD_BY = f"SELECT pid FROM process WHERE {_UNFINISHED} AND owner = ? ORDER BY n"
+_FIND_HELD_BY = "SELECT pid FROM process INDEXED BY process_held WHERE owner = ? ORDER BY n"
 """Everything that one of them holds."""
 
 _COUNT_STATES = "SELECT state, count(*) FROM process GROUP BY state ORDER BY state"
@@ -515,49 +937,68 @@ _CLAIM = "UPDATE process SET epoch = ?, owner = ?, updated_at = ?, inbox_claimed
 """A new owner under a new epoch."""
 
 _SAVE = """
-    UPDATE process SET good_state = ?, status = ?, step = ?, inbox_done = ?, suspended = ?, updated_at = ?,
-           state = ?, play = ?, owner = ?, aside = NULL, seq = seq + 1
+    UPDATE process SET good_state = ?, status = ?, step = ?, progress = ?, detail = ?, updated_at = ?,
+           state = ?, play = ?, owner = ?, inbox_done = ?, ready = ?, wake_at = ?, names = ?, listens = ?,
+           aside = NULL, seq = seq + 1
     WHERE n = ?"""
 """Where a process stands now. What was saved can go on, so it is not aside any more."""
 
 _SAVE_IN_PLACE = """
-    UPDATE process SET good_state = ?, status = ?, step = ?, inbox_done = ?, suspended = ?, updated_at = ?,
-           seq = seq + 1
+    UPDATE process SET good_state = ?, status = ?, step = ?, progress = ?, detail = ?, updated_at = ?, seq = seq + 1
     WHERE n = ?"""
 """The same when nothing changed that has an index, which is most of the time: a third of the cost."""
+
+_NOTE = """
+    UPDATE process SET progress = coalesce(?, progress), detail = coalesce(?, detail), status = coalesce(?, status),
+           updated_at = ?
+    WHERE n = ?"""
+"""What a running step says of itself."""
 
 _RELEASE = "UPDATE process SET owner = NULL, aside = ?, updated_at = ? WHERE n = ?"
 """Nobody holds it any more; it may be aside for a reason."""
 
-_REVIVE = "UPDATE process SET state = ?, aside = NULL, suspended = 0, updated_at = ? WHERE n = ?"
-"""It goes on from its last good checkpoint (which says itself whether it waits for a message)."""
+_REVIVE = f"UPDATE process SET state = ?, aside = NULL, ready = {_READY}, updated_at = ? WHERE n = ?"
+"""It goes on from its last good checkpoint (which says itself what it waits for)."""
 
 _RECORD_COLUMNS = (
-    "pid, class_id, state, play, created_at, updated_at, epoch, seq, "
-    "parent, owner, status, step, aside, inbox_done, inbox_last"
+    "pid, class_id, state, play, created_at, updated_at, epoch, seq, parent, parent_close, "
+    "owner, status, step, progress, detail, aside, wake_at, inbox_done, inbox_last, mail_count"
 )
-_RECORD_FIELDS = _RECORD_COLUMNS.split(", ")
+_RECORD_FIELDS = _RECORD_COLUMNS.replace("mail_count", "mail").split(", ")
 
 _RECORD = f"""
-    SELECT {_RECORD_COLUMNS},
+    SELECT {_RECORD_COLUMNS}, names,
            (SELECT json_group_array(tag) FROM (SELECT tag FROM tag WHERE process = process.n ORDER BY rowid)),
-           (SELECT json_group_array(pid) FROM (SELECT target.pid FROM wait JOIN process AS target ON target.n = target
-                                               WHERE waiter = process.n AND done = 0 ORDER BY target.n))
+           CASE state WHEN 'waiting' THEN
+               (SELECT json_group_array(pid) FROM (SELECT DISTINCT target.pid
+                                                   FROM wait JOIN process AS target ON target.n = target
+                                                   WHERE waiter = process.n AND ended = {_ALIVE} ORDER BY target.n))
+           END
     FROM process"""
 """Rows for people, each with its tags in their order and what it still waits for."""
 
-_RESULTS_WAITED_FOR = """
+_RESULTS_WAITED_FOR = f"""
     SELECT pid, result FROM wait JOIN process ON n = target JOIN content ON content.process = target
-    WHERE waiter = ? AND done = 1 ORDER BY target"""
-"""The results of those that a process waited for and that have ended."""
+    WHERE waiter = ? AND ended > {_ALIVE} ORDER BY process.updated_at, target"""
+"""The results of those that a process waited for and that have ended, in the order in which they did. (The clock of
+this one store says it; should it be set back meanwhile, two results change places, and nothing else.)"""
 
-_ADD_WAIT = "INSERT INTO wait (waiter, target, done) VALUES (?, ?, ?)"
-"""One process that a process waits for."""
+_WAITS = "SELECT grp, target, pid, ended FROM wait JOIN process ON n = target WHERE waiter = ?"
+"""The columns of `_Wait`."""
+
+_ADD_WAIT = "INSERT INTO wait (waiter, ended, grp, target) VALUES (?, ?, ?, ?)"
+"""One process in a group of a process that waits."""
+
+_CHANGE_WAIT = "UPDATE wait SET ended = ? WHERE waiter = ? AND ended = ? AND grp = ? AND target = ?"
+"""Its waiter has looked at it (or not, after all)."""
+
+_FORGET_WAIT = "DELETE FROM wait WHERE waiter = ? AND ended = ? AND grp = ? AND target = ?"
+"""Its waiter does not wait for this group any more."""
 
 _FORGET_WAITS = "DELETE FROM wait WHERE waiter = ?"
-"""A process goes on, or declares anew what it waits for."""
+"""A process goes on."""
 
-_SET_WAITS_DONE = "UPDATE wait SET done = ? WHERE target = ?"
+_SET_ENDED = "UPDATE wait SET ended = ? WHERE target = ?"
 """A process ended, or was revived."""
 
 _ANY_WAITER = "SELECT pid FROM wait JOIN process ON n = waiter WHERE target = ? LIMIT 1"
@@ -574,6 +1015,82 @@ _LETTERS = "SELECT seq, body FROM inbox WHERE process = ? ORDER BY seq"
 
 _FORGET_LETTERS = "DELETE FROM inbox WHERE process = ? AND seq <= ?"
 """The messages that are dealt with."""
+
+_FIND_TOLD = f"""
+    SELECT pid, owner FROM process
+    WHERE parent = ? AND {_UNFINISHED} AND parent_close IN (SELECT value FROM json_each(?)) ORDER BY n"""
+"""The children that are to get a letter."""
+
+_ADD_LETTERS = f"""
+    INSERT INTO inbox (process, seq, body) SELECT n, inbox_last + 1, ? FROM process
+    WHERE parent = ? AND {_UNFINISHED} AND parent_close IN (SELECT value FROM json_each(?))"""
+"""The same message for each of these."""
+
+_COUNT_LETTERS = f"""
+    UPDATE process SET inbox_last = inbox_last + 1
+    WHERE parent = ? AND {_UNFINISHED} AND parent_close IN (SELECT value FROM json_each(?))"""
+"""The number of their newest message."""
+
+_ADD_REPLY = "INSERT OR REPLACE INTO reply (process, seq, body) VALUES (?, ?, ?)"
+"""The answer to a letter."""
+
+_REPLY = "SELECT body FROM reply WHERE process = ? AND seq = ?"
+"""One of these."""
+
+_FORGET_REPLIES = """
+    DELETE FROM reply WHERE process = ? AND seq <= (
+        SELECT seq FROM reply WHERE process = ? ORDER BY seq DESC LIMIT 1 OFFSET ?)"""
+"""All but the newest."""
+
+_ADD_MAIL = "INSERT INTO mail (process, seq, name, body, at, sender) VALUES (?, ?, ?, ?, ?, ?)"
+"""A named message."""
+
+_COUNT_MAIL = "UPDATE process SET mail_last = ?, mail_count = ? WHERE n = ?"
+"""Mail came, or went."""
+
+_ANY_MAIL = """
+    SELECT 1 FROM json_each(?2) CROSS JOIN mail INDEXED BY mail_by_name ON process = ?1 AND name = value LIMIT 1"""
+"""Whether a process has mail with one of some names."""
+
+_OLDEST_MAIL = """
+    SELECT seq, name, body, at, sender FROM mail INDEXED BY mail_by_name
+    WHERE process = ? AND name = ? ORDER BY seq LIMIT 1"""
+"""The next message of a name."""
+
+_FORGET_MAIL = "DELETE FROM mail WHERE process = ? AND seq = ?"
+"""A message is used up."""
+
+_FORGET_ALL_MAIL = "DELETE FROM mail WHERE process = ?"
+"""Nobody will use it any more."""
+
+_LAST_LINE = "SELECT coalesce(max(seq), 0) FROM line WHERE process = ?"
+"""The number of the newest line of a log."""
+
+_ADD_LINE = "INSERT INTO line (process, seq, at, text, level, source, step) VALUES (?, ?, ?, ?, ?, ?, ?)"
+"""One line of a log."""
+
+_FORGET_LINES = "DELETE FROM line WHERE process = ? AND seq <= ?"
+"""The oldest of them."""
+
+_LOG = "SELECT seq, at, text, level, source, step FROM line WHERE process = ? AND seq > ? ORDER BY seq LIMIT ?"
+"""A part of a log, oldest first."""
+
+_LOG_END = "SELECT seq, at, text, level, source, step FROM line WHERE process = ? AND seq > ? ORDER BY seq DESC LIMIT ?"
+"""The end of a log, newest first."""
+
+_KEEP_STEP = "INSERT INTO past (process, seq, step, at, checkpoint) VALUES (?, ?, ?, ?, ?)"
+"""A checkpoint from which another process can go on."""
+
+_FORGET_STEPS = """
+    DELETE FROM past WHERE process = ? AND seq <= (
+        SELECT seq FROM past WHERE process = ? ORDER BY seq DESC LIMIT 1 OFFSET ?)"""
+"""All but the newest."""
+
+_PAST = "SELECT seq, step, at FROM past WHERE process = ? ORDER BY seq"
+"""The columns of `Past`."""
+
+_PAST_CHECKPOINT = "SELECT checkpoint FROM past WHERE process = ? AND seq = ?"
+"""One of these."""
 
 _LAST_EVENT = "SELECT coalesce(max(seq), 0) FROM event WHERE process = ?"
 """The number of the newest line of a history."""
@@ -602,6 +1119,11 @@ def _query_statement(query: Query, before: int | None) -> tuple[str, list[Any]]:
     Each state is a query of its own, limited by itself, and then the newest of all are taken: so each is a walk along
     one index from its end, however many processes there are.
     """
+    states = query.states
+    if query.unfinished:
+        states = tuple(state for state in states or _LIVING_STATES if state in _LIVING_STATES)
+        if not states:
+            return "SELECT n FROM process WHERE false", []
     terms: list[tuple[str, Any]] = []
     if query.play is not None:
         not_playing = "" if query.play == "playing" else " AND play <> 'playing'"
@@ -616,13 +1138,12 @@ def _query_statement(query: Query, before: int | None) -> tuple[str, list[Any]]:
         terms.append(("n < ?", before))
     plain = [
         *(["parent IS NULL"] if query.roots else []),
-        *([_UNFINISHED] if query.unfinished else []),
         *([f"aside IS {'NOT ' if query.aside else ''}NULL"] if query.aside is not None else []),
     ]
     source, order = ("process", "n") if query.tag is None else ("tag JOIN process ON n = tag.process", "tag.process")
     parts: list[str] = []
     values: list[Any] = []
-    for state in dict.fromkeys(query.states) or (None,):
+    for state in dict.fromkeys(states) or (None,):
         own = [*terms, *([("state = ?", state)] if state is not None else [])]
         where = " AND ".join([term for term, _ in own] + plain) or "true"
         parts.append(f"SELECT * FROM (SELECT n FROM {source} WHERE {where} ORDER BY {order} DESC LIMIT ?)")
@@ -796,7 +1317,11 @@ class SqlitePersister(PersisterOfRequests):
     def _serve(self, opened: ThreadFuture[None]) -> None:
         try:
             connection = open_database(self._path)
-            store = ProcessStore(connection, clock=self._clock)
+            try:
+                store = ProcessStore(connection, clock=self._clock)
+            except BaseException:
+                connection.close()
+                raise
         except BaseException as error:  # whoever opens gets it
             self._ended.set_result(None)
             opened.set_exception(error)

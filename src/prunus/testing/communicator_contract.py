@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -47,15 +48,28 @@ class ContractService:
     """The service that the suite talks to: it keeps words, in the broker's database.
 
     ``add WORD`` keeps a word and answers with their number; ``words`` answers with all; ``task QUEUE KEY`` makes a
-    task; ``refuse`` raises `InvalidStateError`; ``break`` raises an error that is not one of ours.
+    task, ``timer SECONDS QUEUE`` one that comes later; ``refuse`` raises `InvalidStateError`; ``break`` raises an
+    error that is not one of ours.
     """
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, clock: Callable[[], float] = time.time) -> None:
         self._connection = connection
+        self._clock = clock
         connection.execute("CREATE TABLE IF NOT EXISTS word (word TEXT NOT NULL)")
+        connection.execute("CREATE TABLE IF NOT EXISTS timer (at REAL NOT NULL, queue TEXT NOT NULL)")
 
     def left(self, session: str) -> tuple[NewTask, ...]:
         return ()
+
+    def due(self) -> float | None:
+        [(at,)] = self._connection.execute("SELECT min(at) FROM timer")
+        return None if at is None else at - self._clock()
+
+    def tick(self) -> tuple[NewTask, ...]:
+        now = self._clock()
+        fired = self._connection.execute("SELECT queue FROM timer WHERE at <= ? ORDER BY at", (now,)).fetchall()
+        self._connection.execute("DELETE FROM timer WHERE at <= ?", (now,))
+        return tuple(NewTask(queue=queue, body=b"made by a timer") for (queue,) in fired)
 
     def execute(self, request: bytes, session: str) -> Served:
         match request.decode().split():
@@ -68,6 +82,10 @@ class ContractService:
                 return Served(answer=" ".join(words).encode())
             case ["task", queue, key]:
                 return Served(answer=b"", tasks=(NewTask(queue=queue, key=key, body=b"made by the service"),))
+            case ["timer", seconds, queue]:
+                at = self._clock() + float(seconds)
+                self._connection.execute("INSERT INTO timer VALUES (?, ?)", (at, queue))
+                return Served(answer=b"")
             case ["refuse"]:
                 raise InvalidStateError("finished", "waiting")
             case _:
@@ -673,3 +691,19 @@ class CommunicatorContract:
         await worker.add_task_subscriber(leave)
         await sender.task_send(b"")
         await ended.wait()
+
+    # --- timers of the service ----------------------------------------------------------------------
+
+    async def test_the_timers_of_the_service_fire_in_time(self, connect: Connect) -> None:
+        """The earlier one first, whichever was set first, though nobody says anything meanwhile; late ones at once."""
+        sender, worker = await connect(), await connect()
+        inbox = Inbox()
+        for queue in ("soon", "sooner", "now"):
+            await worker.add_task_subscriber(inbox, queue=queue)
+        began = time.monotonic()
+        await sender.call([b"timer 0.1 soon"])
+        await sender.call([b"timer 0.05 sooner"])
+        await sender.call([b"timer -5 now"])
+        came = [(await inbox.next()).queue for _ in range(3)]
+        assert came == ["now", "sooner", "soon"]
+        assert time.monotonic() - began >= 0.1

@@ -19,8 +19,28 @@ from typing import Any
 
 import pytest
 
-from prunus.errors import CheckpointNotFoundError, InvalidStateError, StaleOwnerError
-from prunus.persistence.persister import QUERY_LIMIT, Claim, Event, NewProcess, Persister, Query, Record, Save
+from prunus.errors import BusyError, CheckpointNotFoundError, InvalidStateError, StaleOwnerError
+from prunus.persistence.persister import (
+    KEPT_STEPS,
+    LOG_LIMIT,
+    MAX_LETTERS,
+    MAX_LOG_LINES,
+    MAX_MAIL,
+    MAX_REPLIES,
+    QUERY_LIMIT,
+    Claim,
+    Event,
+    LogLine,
+    NewProcess,
+    Note,
+    Past,
+    Persister,
+    Query,
+    Record,
+    Reply,
+    Save,
+    Tell,
+)
 
 
 def new(pid: str = "p", **changes: Any) -> NewProcess:
@@ -82,13 +102,39 @@ class PersisterContract:
             persister.release("nobody", 1),
             persister.set_aside("nobody", 1, "why"),
             persister.revive("nobody"),
+            persister.note(Note(pid="nobody", epoch=1)),
             persister.post("nobody", b""),
+            persister.reply("nobody", 1),
+            persister.send("nobody", "name", b"", at=0.0),
             persister.history("nobody"),
+            persister.log("nobody"),
+            persister.past("nobody"),
+            persister.past_checkpoint("nobody", 1),
             persister.delete("nobody"),
         ):
             with pytest.raises(CheckpointNotFoundError) as caught:
                 await operation
             assert caught.value.pid == "nobody"
+
+    async def test_a_process_can_be_created_where_another_one_was(self, persister: Persister) -> None:
+        """It is RUNNING before a step then; or it is paused from the beginning."""
+        await persister.create(
+            new(state="running", play="paused", step="fit", status="a fork", parent="q", parent_close="abandon")
+        )
+        record = await persister.load("p")
+        assert (record.state, record.play, record.step, record.status) == ("running", "paused", "fit", "a fork")
+        assert record.parent_close == "abandon"
+        claim = await persister.claim("p", "w", at=2.0)
+        await persister.save(save_of(claim, "excepted", checkpoint=None))
+        assert (await persister.revive("p")).state == "running"
+
+    @pytest.mark.parametrize("state", ["waiting", "finished"])
+    async def test_a_new_process_neither_waits_nor_has_ended(self, persister: Persister, state: str) -> None:
+        """Nobody would ever look at it."""
+        with pytest.raises(ValueError, match=state):
+            await persister.create(new(state=state))
+        with pytest.raises(CheckpointNotFoundError):
+            await persister.load("p")
 
     # --- one writer (G4) ----------------------------------------------------------------------------
 
@@ -119,6 +165,7 @@ class PersisterContract:
         for operation in (
             persister.save(save_of(old, "finished")),
             persister.save(save_of(old, release=True, children=(new("c"),))),
+            persister.note(Note(pid="p", epoch=old.epoch, progress=0.5, lines=(LogLine(at=3.0, text="late"),))),
             persister.release("p", old.epoch),
             persister.set_aside("p", old.epoch, "why"),
         ):
@@ -126,6 +173,7 @@ class PersisterContract:
                 await operation
             assert (caught.value.pid, caught.value.epoch) == ("p", old.epoch)
         assert await persister.load("p") == before
+        assert await persister.log("p") == []
         assert [record.pid for record in await persister.query(Query())] == ["p"]
 
     async def test_an_epoch_that_was_never_given_can_write_nothing(self, persister: Persister) -> None:
@@ -144,6 +192,8 @@ class PersisterContract:
         for late in (save_of(claim), save_of(claim, "finished"), save_of(claim, checkpoint=b"late", release=True)):
             with pytest.raises(StaleOwnerError):
                 await persister.save(late)
+        with pytest.raises(StaleOwnerError):
+            await persister.note(Note(pid="p", epoch=claim.epoch, progress=0.5))
         assert (await persister.load("p")).checkpoint == b"next"
 
     async def test_the_last_word_may_be_said_again(self, persister: Persister) -> None:
@@ -213,6 +263,25 @@ class PersisterContract:
             await persister.save(save_of(claim, "finished", result=None))
         assert (await persister.load("p")).owner == "w"
 
+    @pytest.mark.parametrize(
+        ("changes", "problem"),
+        [
+            ({"keep_as": "run", "checkpoint": None}, "checkpoint"),
+            ({"state": "waiting", "waits": ((),)}, "no processes"),
+            ({"state": "waiting", "wake_at": float("nan")}, "no number"),
+            ({"state": "waiting", "names": ("a",), "listens": ("a", "b")}, "does not wait for: b"),
+        ],
+    )
+    async def test_what_can_not_be_meant_is_refused(
+        self, persister: Persister, changes: dict[str, Any], problem: str
+    ) -> None:
+        """With what is wrong, and nothing is changed."""
+        claim = await self.started(persister)
+        before = await persister.load("p")
+        with pytest.raises(ValueError, match=problem):
+            await persister.save(save_of(claim, **changes))
+        assert await persister.load("p") == before
+
     async def test_a_release_keeps_the_last_checkpoint(self, persister: Persister) -> None:
         """The process is nobody's, as it was saved last, and anybody may claim it."""
         claim = await self.started(persister)
@@ -238,7 +307,7 @@ class PersisterContract:
         with pytest.raises(CheckpointNotFoundError):
             await persister.save(
                 save_of(
-                    claim, "waiting", children=(new("c"),), waits=("nobody",), events=(Event(subject="x.y", at=1.0),)
+                    claim, "waiting", children=(new("c"),), waits=(("nobody",),), events=(Event(subject="x.y", at=1.0),)
                 )
             )
         assert await persister.load("p") == before
@@ -253,7 +322,7 @@ class PersisterContract:
         await self.ended(persister, "early")
         claim = await self.started(persister)
         children = (new("a"), new("b"))
-        waits = ("early", "a", "b")
+        waits = (("early", "a", "b"),)
         await persister.save(save_of(claim, "waiting", children=children, waits=waits, release=True))
         assert (await persister.load("p")).waits == ("a", "b")
         await self.end(persister, "a")
@@ -264,21 +333,70 @@ class PersisterContract:
         """By pid, also of one that had ended before the wait was declared, however it ended."""
         await self.ended(persister, "early", "killed")
         claim = await self.started(persister)
-        await persister.save(save_of(claim, "waiting", children=(new("a"),), waits=("early", "a"), release=True))
+        await persister.save(save_of(claim, "waiting", children=(new("a"),), waits=(("early", "a"),), release=True))
         assert (await persister.claim("p", "w", at=3.0)).results == {"early": b"killed"}
         await self.end(persister, "a", "excepted")
         assert (await persister.claim("p", "w", at=4.0)).results == {"early": b"killed", "a": b"excepted"}
 
+    async def test_results_come_in_the_order_in_which_they_came_about(self, persister: Persister) -> None:
+        """Not in the order of their creation: who is told of several at once applies them one after the other."""
+        claim = await self.started(persister)
+        children = tuple(new(pid) for pid in "abc")
+        groups = (("a",), ("b",), ("c",))
+        await persister.save(save_of(claim, "waiting", children=children, waits=groups, release=True))
+        for pid in "cab":
+            await self.end(persister, pid)
+        assert list((await persister.claim("p", "w", at=3.0)).results) == ["c", "a", "b"]
+
     async def test_results_come_until_the_waiter_goes_on(self, persister: Persister) -> None:
         """Who claims and dies before its first save has taken nothing away; who runs on has no waits."""
         claim = await self.started(persister)
-        await persister.save(save_of(claim, "waiting", children=(new("a"),), waits=("a",), release=True))
+        await persister.save(save_of(claim, "waiting", children=(new("a"),), waits=(("a",),), release=True))
         await self.end(persister, "a")
         for at in (3.0, 4.0):
             claim = await persister.claim("p", "w", at=at)
             assert claim.results == {"a": b"finished"}
         await persister.save(save_of(claim, "running", release=True))
         assert (await persister.claim("p", "w", at=5.0)).results == {}
+
+    async def test_a_claim_brings_the_results_of_all_groups(self, persister: Persister) -> None:
+        """Each once, also those that the last save had seen; `waits` names those that are left, each once."""
+        claim = await self.started(persister)
+        children = (new("a"), new("b"), new("c"))
+        groups = (("a", "b"), ("a", "c"), ("b",))
+        await persister.save(save_of(claim, "waiting", children=children, waits=groups, release=True))
+        assert (await persister.load("p")).waits == ("a", "b", "c")
+        await self.end(persister, "a")
+        claim = await persister.claim("p", "w", at=3.0)
+        assert claim.results == {"a": b"finished"}
+        await persister.save(save_of(claim, "waiting", waits=groups, seen=("a",), release=True))
+        await self.end(persister, "c", "killed")
+        assert (await persister.load("p")).waits == ("b",)
+        assert (await persister.claim("p", "w", at=4.0)).results == {"a": b"finished", "c": b"killed"}
+
+    async def test_groups_can_be_said_anew(self, persister: Persister) -> None:
+        """A save replaces those of the one before: what is gone is not waited for, what is new is."""
+        claim = await self.started(persister)
+        children = tuple(new(pid) for pid in "abcd")
+        await persister.save(save_of(claim, "waiting", children=children, waits=(("a",), ("b", "c"))))
+        await persister.save(save_of(claim, "waiting", waits=(("c", "b"), ("d",))))
+        assert (await persister.load("p")).waits == ("b", "c", "d")
+        await persister.save(save_of(claim, "waiting", waits=(("a",),)))
+        assert (await persister.load("p")).waits == ("a",)
+        await persister.save(save_of(claim, "running"))
+        assert (await persister.load("p")).waits == ()
+
+    async def test_a_timer_is_in_the_row_until_it_is_over(self, persister: Persister) -> None:
+        """While the process waits, and as long as its time is to come."""
+        claim = await self.started(persister)
+        await persister.save(save_of(claim, "waiting", wake_at=1e11))
+        assert (await persister.load("p")).wake_at == 1e11
+        assert (await persister.query(Query()))[0].wake_at == 1e11
+        await persister.save(save_of(claim, "waiting", wake_at=1.0))
+        assert (await persister.load("p")).wake_at is None
+        await persister.save(save_of(claim, "waiting", wake_at=1e11))
+        await persister.save(save_of(claim, "running", wake_at=1e11))
+        assert (await persister.load("p")).wake_at is None
 
     async def end(self, persister: Persister, pid: str, state: str = "finished") -> None:
         await persister.save(save_of(await persister.claim(pid, "other", at=2.0), state))
@@ -326,14 +444,218 @@ class PersisterContract:
         assert (posted.seq, posted.state) == (0, "finished")
         assert (await persister.load("p")).inbox == ()
 
-    async def test_a_save_can_post_letters_to_others(self, persister: Persister) -> None:
-        """In the same commit; who is terminal or unknown gets none, and that is no error."""
-        await persister.create(new("a"))
-        await self.ended(persister, "b")
+    async def test_an_inbox_has_a_bound(self, persister: Persister) -> None:
+        """A letter too many is refused by name; when one is dealt with there is room again."""
         claim = await self.started(persister)
-        await persister.save(save_of(claim, "killed", letters=(("a", b"kill"), ("b", b"kill"), ("nobody", b"kill"))))
-        assert [letter.body for letter in (await persister.load("a")).inbox] == [b"kill"]
-        assert (await persister.load("b")).inbox == ()
+        await asyncio.gather(*(persister.post("p", b"") for _ in range(MAX_LETTERS)))
+        with pytest.raises(BusyError, match=f"process p has {MAX_LETTERS} letters"):
+            await persister.post("p", b"")
+        assert (await persister.load("p")).inbox_last == MAX_LETTERS
+        await persister.save(save_of(claim, inbox_done=1))
+        assert (await persister.post("p", b"")).seq == MAX_LETTERS + 1
+
+    async def test_a_letter_is_answered(self, persister: Persister) -> None:
+        """By a save, for whoever asks for the answer by its number; also by the last save of the process."""
+        claim = await self.started(persister)
+        for number in (1, 2, 3):
+            assert (await persister.post("p", b"?")).seq == number
+        assert await persister.reply("p", 1) is None
+        await persister.save(save_of(claim, inbox_done=2, replies=(Reply(1, b"one"), Reply(2, b""))))
+        await persister.save(save_of(claim, "finished", replies=(Reply(3, b"three"),)))
+        assert [await persister.reply("p", number) for number in (1, 2, 3, 4)] == [b"one", b"", b"three", None]
+
+    async def test_the_newest_answers_are_kept(self, persister: Persister) -> None:
+        """`MAX_REPLIES` of each process."""
+        claim = await self.started(persister)
+        replies = [Reply(seq, b"%d" % seq) for seq in range(1, 2 * MAX_REPLIES, 2)]
+        await persister.save(save_of(claim, replies=tuple(replies)))
+        assert await persister.reply("p", 1) == b"1"
+        await persister.save(save_of(claim, replies=(Reply(2 * MAX_REPLIES, b"new"),)))
+        assert await persister.reply("p", 1) is None
+        assert await persister.reply("p", 3) == b"3"
+        assert await persister.reply("p", 2 * MAX_REPLIES) == b"new"
+
+    async def test_a_save_tells_the_children(self, persister: Persister) -> None:
+        """Those that have not ended, by what their parent's end means for them; also those of this very save."""
+        claim = await self.started(persister)
+        kinds = {"k": "kill", "a": "abandon", "w": "wait", "e": "kill"}
+        children = tuple(new(pid, parent="p", parent_close=kind) for pid, kind in kinds.items())
+        await persister.save(save_of(claim, children=children))
+        await persister.create(new("g", parent="k"))
+        await persister.create(new("other", parent="q"))
+        await self.end(persister, "e")
+        tells = (Tell(b"pause"), Tell(b"kill", to=("kill", "wait")), Tell(b"nobody", to=()))
+        await persister.save(save_of(claim, "killed", children=(new("n", parent="p"),), tells=tells))
+        told = {pid: [letter.body for letter in (await persister.load(pid)).inbox] for pid in "kawengp"}
+        assert told == {
+            "k": [b"pause", b"kill"],
+            "a": [b"pause"],
+            "w": [b"pause", b"kill"],
+            "e": [],
+            "n": [b"pause", b"kill"],
+            "g": [],
+            "p": [],
+        }
+        assert (await persister.load("k")).inbox_last == 2
+        assert (await persister.load("other")).inbox == ()
+
+    # --- mail ---------------------------------------------------------------------------------------
+
+    async def test_mail_stays_until_it_is_consumed(self, persister: Persister) -> None:
+        """A claim brings the oldest of each name that the process waits for, again and again until a save used it."""
+        claim = await self.started(persister)
+        for name, body in (("a", b"a1"), ("b", b"b1"), ("a", b"a2"), ("c", b"c1")):
+            await persister.send("p", name, body, at=2.5, sender="me" if name == "a" else None)
+        await persister.save(save_of(claim, "waiting", names=("a", "b", "d"), release=True))
+        record = await persister.load("p")
+        assert (record.names, record.mail) == (("a", "b", "d"), 4)
+        for at in (3.0, 4.0):
+            claim = await persister.claim("p", "w", at=at)
+            assert [(mail.seq, mail.name, mail.body, mail.at, mail.sender) for mail in claim.mail] == [
+                (1, "a", b"a1", 2.5, "me"),
+                (2, "b", b"b1", 2.5, None),
+            ]
+        await persister.save(save_of(claim, "waiting", names=("a",), consumed=(1, 7), release=True))
+        assert [mail.body for mail in (await persister.claim("p", "w", at=5.0)).mail] == [b"a2"]
+        assert (await persister.load("p")).mail == 3
+
+    async def test_only_a_waiting_process_is_brought_mail(self, persister: Persister) -> None:
+        """One that runs on has used what it was given; the rest waits for it."""
+        claim = await self.started(persister)
+        await persister.send("p", "a", b"a1", at=2.5)
+        await persister.save(save_of(claim, "waiting", names=("a",)))
+        await persister.save(save_of(claim, "running", names=("a",), release=True))
+        record = await persister.load("p")
+        assert (record.names, record.mail) == ((), 1)
+        assert (await persister.claim("p", "w", at=3.0)).mail == ()
+
+    async def test_sending_says_what_was_done(self, persister: Persister) -> None:
+        """The number of the mail and who holds the process, or that it has ended."""
+        claim = await self.started(persister)
+        posted = await persister.send("p", "a", b"", at=2.5)
+        assert (posted.seq, posted.state, posted.owner) == (1, "created", "w")
+        await persister.save(save_of(claim, consumed=(1,)))
+        assert (await persister.send("p", "a", b"", at=2.5)).seq == 2
+        await persister.save(save_of(claim, "finished"))
+        posted = await persister.send("p", "a", b"", at=2.5)
+        assert (posted.seq, posted.state) == (0, "finished")
+        assert (await persister.load("p")).mail == 0
+
+    async def test_the_mail_of_an_excepted_process_is_there_when_it_is_revived(self, persister: Persister) -> None:
+        """It had not used it."""
+        claim = await self.started(persister)
+        await persister.send("p", "a", b"a1", at=2.5)
+        await persister.save(save_of(claim, "excepted", checkpoint=None))
+        await persister.revive("p")
+        claim = await persister.claim("p", "w", at=3.0)
+        await persister.save(save_of(claim, "waiting", names=("a",), release=True))
+        assert [mail.body for mail in (await persister.claim("p", "w", at=4.0)).mail] == [b"a1"]
+
+    async def test_mail_has_a_bound(self, persister: Persister) -> None:
+        """One too many is refused by name; when one is consumed there is room again."""
+        claim = await self.started(persister)
+        await asyncio.gather(*(persister.send("p", "a", b"", at=2.5) for _ in range(MAX_MAIL)))
+        with pytest.raises(BusyError, match=f"process p has {MAX_MAIL} messages"):
+            await persister.send("p", "b", b"", at=2.5)
+        assert (await persister.load("p")).mail == MAX_MAIL
+        await persister.save(save_of(claim, consumed=(5,)))
+        assert (await persister.send("p", "b", b"", at=2.5)).seq == MAX_MAIL + 1
+
+    # --- what a step says ---------------------------------------------------------------------------
+
+    async def test_a_note_is_no_save(self, persister: Persister) -> None:
+        """It tells of the running step; what it does not name stays, and the number of saves too."""
+        claim = await self.started(persister)
+        before = await persister.save(save_of(claim, status="busy"))
+        await persister.note(Note(pid="p", epoch=claim.epoch, progress=0.25, detail="first quarter"))
+        await persister.note(Note(pid="p", epoch=claim.epoch, progress=0.5))
+        record = await persister.load("p")
+        assert (record.progress, record.detail, record.status, record.seq) == (0.5, "first quarter", "busy", before.seq)
+        await persister.note(Note(pid="p", epoch=claim.epoch, status="very busy", detail=""))
+        record = await persister.load("p")
+        assert (record.progress, record.detail, record.status) == (0.5, "", "very busy")
+        assert (await persister.query(Query()))[0].progress == 0.5
+
+    async def test_a_save_sets_progress_and_detail(self, persister: Persister) -> None:
+        """The next step begins at nothing, if the save does not say otherwise."""
+        claim = await self.started(persister)
+        await persister.save(save_of(claim, progress=0.5, detail="half"))
+        record = await persister.load("p")
+        assert (record.progress, record.detail) == (0.5, "half")
+        await persister.save(save_of(claim))
+        record = await persister.load("p")
+        assert (record.progress, record.detail) == (None, None)
+
+    async def test_the_log_has_the_lines_of_saves_and_notes(self, persister: Persister) -> None:
+        """In their order, numbered from 1; also when the process has ended."""
+        claim = await self.started(persister)
+        first = LogLine(at=2.0, text="one", level="INFO", source="lab", step="run")
+        await persister.save(save_of(claim, lines=(first, LogLine(at=2.5, text="two"))))
+        await persister.note(Note(pid="p", epoch=claim.epoch, lines=(LogLine(at=3.0, text="three"),)))
+        await persister.save(save_of(claim, "finished", lines=(LogLine(at=4.0, text="four"),)))
+        lines = await persister.log("p")
+        assert [(line.seq, line.text) for line in lines] == [(1, "one"), (2, "two"), (3, "three"), (4, "four")]
+        assert (lines[0].at, lines[0].level, lines[0].source, lines[0].step) == (2.0, "INFO", "lab", "run")
+        assert (lines[1].level, lines[1].source, lines[1].step) == ("REPORT", None, None)
+
+    async def test_a_log_is_read_in_parts(self, persister: Persister) -> None:
+        """From a number on, so many lines, or the last ones."""
+        claim = await self.started(persister)
+        await persister.save(save_of(claim, lines=tuple(LogLine(at=1.0, text=str(i)) for i in range(1, 8))))
+        for keywords, expected in (
+            ({"after": 5}, [6, 7]),
+            ({"limit": 2}, [1, 2]),
+            ({"after": 2, "limit": 2}, [3, 4]),
+            ({"last": 2}, [6, 7]),
+            ({"last": 50}, [1, 2, 3, 4, 5, 6, 7]),
+            ({"after": 6, "last": 2}, [7]),
+            ({"after": 99}, []),
+        ):
+            assert [line.seq for line in await persister.log("p", **keywords)] == expected, keywords
+
+    @pytest.mark.parametrize(
+        "keywords", [{"after": -1}, {"limit": 0}, {"limit": LOG_LIMIT + 1}, {"last": 0}, {"last": LOG_LIMIT + 1}]
+    )
+    async def test_a_part_of_a_log_has_a_bound(self, persister: Persister, keywords: dict[str, int]) -> None:
+        """No more than `LOG_LIMIT` lines at once, at least one, and from the beginning at the earliest."""
+        await persister.create(new())
+        with pytest.raises(ValueError, match=f"1 to {LOG_LIMIT}"):
+            await persister.log("p", **keywords)
+
+    async def test_the_newest_lines_of_a_log_are_kept(self, persister: Persister) -> None:
+        """`MAX_LOG_LINES`, and at most a tenth more."""
+        claim = await self.started(persister)
+        lines = tuple(LogLine(at=1.0, text="") for _ in range(MAX_LOG_LINES // 4))
+        for _ in range(5):
+            await persister.save(save_of(claim, lines=lines))
+        total = 5 * len(lines)
+        [oldest] = await persister.log("p", limit=1)
+        assert MAX_LOG_LINES <= total - oldest.seq + 1 <= MAX_LOG_LINES + MAX_LOG_LINES // 10
+        assert [line.seq for line in await persister.log("p", last=2)] == [total - 1, total]
+
+    async def test_a_checkpoint_can_be_kept_under_the_name_of_a_step(self, persister: Persister) -> None:
+        """It is there when others have replaced it, and when the process has ended; a name can come again."""
+        claim = await self.started(persister)
+        await persister.save(save_of(claim, checkpoint=b"1", keep_as="scan"))
+        await persister.save(save_of(claim, checkpoint=b"2"))
+        await persister.save(save_of(claim, checkpoint=b"3", keep_as="scan"))
+        await persister.save(save_of(claim, "finished", checkpoint=b"4"))
+        past = await persister.past("p")
+        assert [(kept.seq, kept.step) for kept in past] == [(1, "scan"), (3, "scan")]
+        assert all(isinstance(kept, Past) and kept.at > 0 for kept in past)
+        assert [await persister.past_checkpoint("p", seq) for seq in (1, 3)] == [b"1", b"3"]
+        with pytest.raises(InvalidStateError, match="save 2"):
+            await persister.past_checkpoint("p", 2)
+
+    async def test_the_newest_steps_are_kept(self, persister: Persister) -> None:
+        """`KEPT_STEPS` of each process."""
+        claim = await self.started(persister)
+        for number in range(1, KEPT_STEPS + 3):
+            await persister.save(save_of(claim, keep_as=f"step {number}"))
+        past = await persister.past("p")
+        assert [kept.seq for kept in past] == list(range(3, KEPT_STEPS + 3))
+        with pytest.raises(InvalidStateError):
+            await persister.past_checkpoint("p", 2)
 
     # --- aside, revive, delete ----------------------------------------------------------------------
 
@@ -380,18 +702,25 @@ class PersisterContract:
 
     async def test_a_terminal_process_can_be_deleted(self, persister: Persister) -> None:
         """With all that belongs to it; its pid is free again."""
-        await self.ended(persister, tags=("t",))
+        claim = await self.started(persister, tags=("t",))
+        await persister.save(
+            save_of(claim, keep_as="run", lines=(LogLine(at=1.0, text="x"),), replies=(Reply(1, b"y"),))
+        )
+        await persister.save(save_of(claim, "finished"))
         await persister.delete("p")
         assert await persister.query(Query(tag="t")) == []
         assert await persister.create(new()) is True
-        assert await persister.history("p") == []
+        assert (await persister.history("p"), await persister.log("p"), await persister.past("p")) == ([], [], [])
+        assert await persister.reply("p", 1) is None
 
     async def test_what_is_needed_can_not_be_deleted(self, persister: Persister) -> None:
         """Neither a process that is not terminal, nor one whose result somebody waits for."""
         claim = await self.started(persister)
         with pytest.raises(InvalidStateError):
             await persister.delete("p")
-        await persister.save(save_of(claim, "waiting", children=(new("a"), new("b")), waits=("a", "b"), release=True))
+        await persister.save(
+            save_of(claim, "waiting", children=(new("a"), new("b")), waits=(("a", "b"),), release=True)
+        )
         await self.end(persister, "a")
         with pytest.raises(InvalidStateError, match="p"):
             await persister.delete("a")
