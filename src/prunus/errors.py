@@ -4,7 +4,7 @@
 
     PrunusError
       ProcessError        InvalidTransitionError · InvalidStateError · InvalidInputError · SpecError
-                          ProcessKilledError · ProcessExceptedError
+                          InvalidStepError · StepTimeoutError · ProcessKilledError · ProcessExceptedError
       PersistenceError    CheckpointNotFoundError · CheckpointCorruptError · CheckpointIncompatibleError
                           UnsavableValueError · StaleOwnerError · StoreFullError
       MessagingError      CommunicatorClosedError (you closed it) · ConnectionLostError (it broke)
@@ -81,6 +81,22 @@ class InvalidInputError(ProcessError):
 
 class SpecError(ProcessError):
     """A process class is defined wrongly: its ports, its outline or its steps."""
+
+
+class InvalidStepError(ProcessError):
+    """A step, a predicate or a follow-up did what it must not: which one, of which class, and what was expected."""
+
+    def __init__(self, process_class: str, step: str, problem: str) -> None:
+        self.process_class, self.step, self.problem = process_class, step, problem
+        super().__init__(f"{process_class}.{step} {problem}")
+
+
+class StepTimeoutError(ProcessError):
+    """A step was cancelled because it took too long, or was silent for too long."""
+
+    def __init__(self, step: str, timeout_s: float, problem: str) -> None:
+        self.step, self.timeout_s, self.problem = step, timeout_s, problem
+        super().__init__(f"the step {step} was cancelled: {problem} within {timeout_s:g} s")
 
 
 class ProcessKilledError(ProcessError):

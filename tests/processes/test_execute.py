@@ -14,12 +14,17 @@ from prunus.processes import (
     Pause,
     Play,
     Process,
+    ProcessListener,
     ProcessSpec,
     ProcessState,
     Resume,
+    Transition,
     Wait,
+    WorkChain,
+    WorkChainSpec,
     execute,
     run,
+    while_,
 )
 from prunus.processes.states import PlayState
 
@@ -61,18 +66,13 @@ class Parent(Process):
 def reaching(process: Process, *states: ProcessState | PlayState) -> asyncio.Event:
     """An event that is set when the process is in one of the states."""
     event = asyncio.Event()
-    inner = process._enter, process._turn
 
-    def look(which: int) -> Any:
-        def call(*args: Any) -> Any:
-            changes = inner[which](*args)
+    class Looks(ProcessListener):
+        def on_transition(self, process: Process, transition: Transition) -> None:
             if process.state in states or process.play_state in states:
                 event.set()
-            return changes
 
-        return call
-
-    process._enter, process._turn = look(0), look(1)  # type: ignore[method-assign]
+    process.add_listener(Looks())
     return event
 
 
@@ -235,3 +235,25 @@ async def test_a_family_of_a_thousand_is_no_problem() -> None:
             return sum(result.outputs.count for result in results)
 
     assert (await execute(Many)).value == 1000
+
+
+class Restless(WorkChain):
+    """Steps without end, none of which waits for anything."""
+
+    @classmethod
+    def define(cls, spec: WorkChainSpec) -> None:
+        super().define(spec)
+        spec.outline(while_(cls.always)(cls.step_on))
+
+    def always(self) -> bool:
+        return True
+
+    async def step_on(self) -> None: ...
+
+
+async def test_steps_that_wait_for_nothing_let_others_run() -> None:
+    """Somebody else on the loop can still kill it."""
+    process = Restless()
+    asyncio.get_running_loop().call_later(0.05, process.receive, KillMessage("enough"))
+    with pytest.raises(ProcessKilledError, match="enough"):
+        await execute(process)

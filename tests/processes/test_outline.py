@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from prunus.errors import SpecError
@@ -81,8 +82,32 @@ def test_an_outline_may_begin_and_end_with_a_question() -> None:
 
 def test_return_ends_it_anywhere() -> None:
     """With and without a code, in a loop too."""
-    assert trace(compiled(Names.a, return_, Names.b), {}) == ["a", "return 0"]
-    assert trace(compiled(while_(Names.p)(return_(12))), {"p": [True]}) == ["p?", "return 12"]
+    assert trace(compiled(Names.a, return_), {}) == ["a", "return 0"]
+    assert trace(compiled(while_(Names.p)(return_(12)), Names.a), {"p": [True]}) == ["p?", "return 12"]
+    branches = if_(Names.p)(Names.a, return_(3)).else_(Names.b)
+    assert trace(compiled(branches, Names.c), {"p": [True]}) == ["p?", "a", "return 3"]
+
+
+@pytest.mark.parametrize(
+    ("before", "title"),
+    [
+        (lambda: return_, "return_"),
+        (lambda: return_(12), r"return_\(12\)"),
+        (lambda: if_(Names.p)(return_).else_(Names.a, return_(3)), r"if_\(p\)\.\.\.else_"),
+        (lambda: if_(Names.p)(return_).elif_(Names.q)(return_).else_(if_(Names.q)(return_).else_(return_)), "if_"),
+    ],
+)
+def test_a_step_that_is_never_reached_is_a_spec_error(before: Callable[[], Any], title: str) -> None:
+    """What stands behind something that always ends the outline is told by name; in a block of a loop too."""
+    for several in ((before(), Names.b), (while_(Names.q)(before(), Names.b),)):
+        with pytest.raises(SpecError, match=f"nothing can come after {title}.*it always ends the outline"):
+            compiled(*several)
+
+
+def test_what_may_go_on_may_be_followed() -> None:
+    """A loop may not be entered, and an `if_` without an else may be passed by."""
+    outline = compiled(while_(Names.p)(return_), if_(Names.p)(return_).elif_(Names.q)(return_), Names.a)
+    assert trace(outline, {"p": [False, False], "q": [False]}) == ["p?", "p?", "q?", "a"]
 
 
 @pytest.mark.parametrize(
@@ -129,6 +154,26 @@ names = st.sampled_from(["a", "b", "c"])
 predicates = st.sampled_from(["p", "q"])
 
 
+def ends(instruction: Any) -> bool:
+    """Whether nothing behind it is ever reached."""
+    match instruction:
+        case return_():
+            return True
+        case if_(branches=[*_, (None, _)] as branches):
+            return all(ends(body[-1]) for _, body in branches)
+    return False
+
+
+def reachable(block: list[Any]) -> list[Any]:
+    """The block up to what always ends it."""
+    last = next((place for place, item in enumerate(block) if ends(item)), len(block))
+    return block[: last + 1]
+
+
+def blocks(inner: st.SearchStrategy[Any], longest: int) -> st.SearchStrategy[list[Any]]:
+    return st.lists(inner, min_size=1, max_size=longest).map(reachable)
+
+
 def branch(parts: tuple[str, list[Any], str, list[Any], list[Any] | None]) -> Any:
     first, body, second, other, otherwise = parts
     built = if_(first)(*body).elif_(second)(*other)
@@ -138,19 +183,15 @@ def branch(parts: tuple[str, list[Any], str, list[Any], list[Any] | None]) -> An
 instructions = st.recursive(
     names | st.builds(return_, st.integers(0, 3)),
     lambda inner: (
-        st.tuples(predicates, st.lists(inner, min_size=1, max_size=3)).map(lambda x: while_(x[0])(*x[1]))
-        | st.tuples(predicates, st.lists(inner, min_size=1, max_size=3)).map(lambda x: if_(x[0])(*x[1]))
-        | st.tuples(
-            predicates,
-            st.lists(inner, min_size=1, max_size=2),
-            predicates,
-            st.lists(inner, min_size=1, max_size=2),
-            st.none() | st.lists(inner, min_size=1, max_size=2),
-        ).map(branch)
+        st.tuples(predicates, blocks(inner, 3)).map(lambda x: while_(x[0])(*x[1]))
+        | st.tuples(predicates, blocks(inner, 3)).map(lambda x: if_(x[0])(*x[1]))
+        | st.tuples(predicates, blocks(inner, 2), predicates, blocks(inner, 2), st.none() | blocks(inner, 2)).map(
+            branch
+        )
     ),
     max_leaves=8,
 )
-outlines = st.lists(instructions, min_size=1, max_size=4)
+outlines = blocks(instructions, 4)
 
 
 class Tracer(WorkChain):
@@ -167,12 +208,12 @@ class Tracer(WorkChain):
         self.ctx.trace = [*self.ctx.get("trace", []), "c"]
 
     def p(self) -> bool:
-        return self._answer("p")
+        return self._told("p")
 
     async def q(self) -> bool:
-        return self._answer("q")
+        return self._told("q")
 
-    def _answer(self, name: str) -> bool:
+    def _told(self, name: str) -> bool:
         asked = self.ctx.get("asked", 0)
         self.ctx.asked = asked + 1
         self.ctx.trace = [*self.ctx.get("trace", []), f"{name}?"]
@@ -228,8 +269,9 @@ def straight(body: list[Any], answers: list[bool]) -> tuple[list[str], int]:
     return names, 0
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(outlines, st.lists(st.booleans(), max_size=8))
+@example([while_("p")(if_("q")("a"))], [True, False])
 async def test_a_crash_after_every_step_changes_nothing(body: list[Any], answers: list[bool]) -> None:
     """Restored from its snapshot before each step, a work chain does exactly what its outline says, once."""
     random = tracer(body)

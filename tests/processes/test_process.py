@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from prunus.errors import Failure, InvalidInputError, InvalidStateError, SpecError
+from prunus.errors import Failure, InvalidInputError, InvalidStateError, ProcessExceptedError, SpecError
 from prunus.processes import (
     Child,
     Continue,
     Kill,
     KillMessage,
+    Outcomes,
     Pause,
     Play,
     Process,
@@ -76,24 +77,15 @@ class Gated(Process):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.running = asyncio.Event()
-        self.gate = asyncio.Event()
-        self.cleaned = asyncio.Event()
-        self.finish_cleaning = asyncio.Event()
-        self.finish_cleaning.set()
-        self.deaf = False
+        self.running, self.gate, self.cleaned = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def run(self) -> Any:
         self.running.set()
-        while True:
-            try:
-                await self.gate.wait()
-                return Continue(self.run)
-            except asyncio.CancelledError:
-                if not self.deaf:
-                    await self.finish_cleaning.wait()
-                    self.cleaned.set()
-                    raise
+        try:
+            await self.gate.wait()
+        finally:
+            self.cleaned.set()
+        return Continue(self.run)
 
 
 async def started(process: Process) -> Process:
@@ -180,8 +172,8 @@ async def test_the_failure_tells_the_error_of_the_step() -> None:
     assert "in run" in failure.traceback
 
 
-async def test_a_missing_output_makes_a_success_a_failure() -> None:
-    """The failure names the output; a stop with an exit status owes none."""
+async def test_a_missing_output_makes_a_success_an_exit_status() -> None:
+    """Status 11 names the output, and is decided before the transition; a stop with an exit status owes none."""
 
     class Owes(Process):
         @classmethod
@@ -193,12 +185,12 @@ async def test_a_missing_output_makes_a_success_a_failure() -> None:
             return Stop(exit_status=self.inputs.status)
 
     process = await started(Owes())
-    await process.step()
-    assert process.state is ProcessState.EXCEPTED
-    assert "outputs.energy: expected float, nothing was given" in str(process.result().failure)
+    (change,) = await process.step()
+    assert (change.subject, process.result().exit_status) == ("state_changed.running.finished", 11)
+    assert process.result().exit_message == "the process did not emit the required output energy" == change.note
     process = await started(Owes({"status": 2}))
     await process.step()
-    assert process.state is ProcessState.FINISHED
+    assert (process.state, process.result().exit_status) == (ProcessState.FINISHED, 2)
 
 
 async def test_outputs_are_checked_where_they_are_emitted() -> None:
@@ -213,7 +205,7 @@ async def test_outputs_are_checked_where_they_are_emitted() -> None:
             process.out("nothing", 1)
         with pytest.raises(InvalidInputError, match="not a namespace"):
             process.out("needed.deep", 1)
-        assert process.outputs["group"].a == 1  # type: ignore[attr-defined]
+        assert process.outputs["group"].a == 1
 
     assert (await returning(emit)).result().outputs == {"group": {"a": 1}, "needed": 2}
 
@@ -293,14 +285,16 @@ async def test_the_idempotency_key_belongs_to_a_step_not_to_an_attempt() -> None
 async def test_children_are_made_in_a_step_and_taken_once() -> None:
     """They are validated at once, know their parent, and wait for the driver to take them."""
     process = await returning(makes_child)
-    (child,) = process.take_children()
-    assert process.take_children() == ()
+    (child,) = process.take_effects().children
+    assert process.take_effects().children == ()
     assert (child.pid, child.parent, child.state) == ("c", "p", ProcessState.CREATED)
     assert process.waiting_for == ("c",)
     assert not process.suspended
-    assert process.resolve({}) == ()
+    assert process.settle(Outcomes(0.0)) == ()
     result = ProcessResult("c", ProcessState.KILLED)
-    assert subjects(process.resolve({"c": result, "other": result})) == ["state_changed.waiting.running"]
+    known = Outcomes(0.0, {"c": result, "other": result})
+    assert subjects(process.settle(known)) == ["state_changed.waiting.running"]
+    assert process.settle(known) == ()
     await process.step()
     assert process.result().value == ([result],)
 
@@ -312,7 +306,7 @@ async def test_children_of_a_step_that_failed_are_dropped() -> None:
         process.submit(Adder, {"x": 1})
         raise ValueError
 
-    assert (await returning(fails)).take_children() == ()
+    assert (await returning(fails)).take_effects().children == ()
 
 
 async def test_wrong_inputs_of_a_child_are_an_error_of_the_step_that_makes_it() -> None:
@@ -375,7 +369,7 @@ async def test_a_pause_during_a_step_takes_effect_when_it_ends() -> None:
     process = Gated()
     task = await stepping(process)
     assert subjects(process.receive(Pause("why"))) == ["play_changed.playing.pausing"]
-    assert process.snapshot()["play"] == "paused"
+    assert type(process).restore(process.snapshot()).paused, "restored, there is no step to wait for"
     process.gate.set()
     changes = await task
     assert subjects(changes) == ["state_changed.running.running", "play_changed.pausing.paused"]
@@ -407,113 +401,6 @@ async def test_a_kill_between_steps_is_at_once_and_final() -> None:
     for message in (KillMessage("again"), Pause(), Play(), Resume()):
         assert process.receive(message) == ()
     assert process.result().exit_message == "enough"
-
-
-async def test_a_kill_cancels_the_step_and_lets_it_clean_up() -> None:
-    """Only the step's task is cancelled; what calls `step` goes on."""
-    process = Gated()
-    process.finish_cleaning.clear()
-    task = await stepping(process)
-    assert process.receive(KillMessage("enough")) == ()
-    for _ in range(5):
-        await asyncio.sleep(0)
-    assert not task.done()
-    process.finish_cleaning.set()
-    assert subjects(await task) == ["state_changed.running.killed"]
-    assert process.cleaned.is_set()
-
-
-@pytest.mark.parametrize("message", [KillMessage(force=True), KillMessage(grace_s=0.01)], ids=["force", "grace"])
-async def test_a_step_that_does_not_end_is_abandoned(message: KillMessage, caplog: pytest.LogCaptureFixture) -> None:
-    """`step` returns KILLED; the log says what happens to the step."""
-    process = Gated()
-    process.deaf = True
-    task = await stepping(process)
-    process.receive(message)
-    assert subjects(await task) == ["state_changed.running.killed"]
-    assert "abandoned" in caplog.text
-    process.gate.set()
-
-
-async def test_a_second_kill_may_force_the_first() -> None:
-    """Somebody who has no patience left is obeyed; the first message stands."""
-    process = Gated()
-    process.deaf = True
-    task = await stepping(process)
-    process.receive(KillMessage("first"))
-    process.receive(KillMessage("second", force=True))
-    await task
-    assert process.result().exit_message == "first"
-    process.gate.set()
-
-
-async def test_what_an_abandoned_step_still_does_has_no_effect() -> None:
-    """Outputs, status, children and the context of a killed process are what they were."""
-    done = asyncio.Event()
-    gate = asyncio.Event()
-    running = asyncio.Event()
-
-    class Late(Returns):
-        async def run(self) -> int:
-            self.out("needed", 1)
-            running.set()
-            while not gate.is_set():
-                try:
-                    await gate.wait()
-                except asyncio.CancelledError:
-                    self.set_status("deaf")
-            self.set_status("late")
-            self.out("needed", 2)
-            self.submit(Adder, {"x": 1})
-            done.set()
-            return 5
-
-    process = await started(Late())
-    task = asyncio.create_task(process.step())
-    await running.wait()
-    process.receive(KillMessage(force=True))
-    await task
-    before = process.snapshot()
-    gate.set()
-    await done.wait()
-    assert process.snapshot() == before
-    assert process.take_children() == ()
-    assert before["outputs"] == {}
-
-
-async def test_a_kill_before_the_step_has_begun_does_not_wait() -> None:
-    """The task of the step exists, but ran nothing yet: there is nothing to clean up."""
-    process = await started(Gated())
-    task = asyncio.create_task(process.step())
-    await asyncio.sleep(0)
-    process.receive(KillMessage())
-    async with asyncio.timeout(5.0):
-        assert subjects(await task) == ["state_changed.running.killed"]
-
-
-async def test_a_killed_plain_step_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
-    """A thread can't be stopped: the process is KILLED, the step goes on, its result counts for nothing."""
-    running, gate, ended = threading.Event(), threading.Event(), threading.Event()
-
-    class Blocks(Returns):
-        run_sync_steps_in = "thread"
-
-        def run(self) -> int:
-            running.set()
-            gate.wait()
-            self.out("needed", 1)
-            ended.set()
-            return 5
-
-    process = await started(Blocks())
-    task = asyncio.create_task(process.step())
-    await asyncio.to_thread(running.wait)
-    process.receive(KillMessage())
-    assert subjects(await task) == ["state_changed.running.killed"]
-    assert "can't be interrupted" in caplog.text
-    gate.set()
-    await asyncio.to_thread(ended.wait)
-    assert process.result().outputs == {}
 
 
 async def test_a_cancelled_driver_leaves_the_process_as_it_was() -> None:
@@ -557,6 +444,7 @@ async def test_a_broken_hook_breaks_nothing(caplog: pytest.LogCaptureFixture) ->
     assert calls == ["paused", "playing", "terminated"]
     assert process.result().successful
     assert "broken hook" in caplog.text
+    assert f"a hook of process {process.pid} failed" in caplog.text
 
 
 # --- snapshots --------------------------------------------------------------------------------------
@@ -598,7 +486,7 @@ async def test_a_process_survives_its_snapshot_in_every_state(name: str, paused:
     assert restored.play_state is process.play_state
     for one in (process, restored):
         one.receive(Play())
-        one.resolve({"c": ProcessResult("c", ProcessState.KILLED)})
+        one.settle(Outcomes(0.0, {"c": ProcessResult("c", ProcessState.KILLED)}))
         one.receive(Resume(3, True))
         while not one.has_terminated():
             await one.step()
@@ -633,17 +521,43 @@ def test_a_new_optional_input_does_not_break_old_checkpoints() -> None:
 
 
 def test_what_the_process_needs_for_itself_can_not_be_taken() -> None:
-    """A step called `fail` or `step` would be called by the driver; so it is told when the class is first used."""
+    """A step called `fail` or `step` would be called by the driver; so it is told where the class is made."""
+    with pytest.raises(SpecError, match="Clashes defines fail, which Process needs for itself"):
 
-    class Clashes(Process):
-        async def run(self) -> None: ...
+        class Clashes(Process):
+            async def run(self) -> None: ...
 
-        async def fail(self) -> None: ...  # type: ignore[override]
-
-    with pytest.raises(SpecError, match="Clashes defines fail"):
-        Clashes()
+            async def fail(self) -> None: ...  # type: ignore[override]
 
 
 def test_a_handle_names_the_child() -> None:
     """Pid and class, no more."""
     assert Child("p", "m:C") == Child("p", "m:C")
+
+
+async def test_a_method_of_ours_is_no_step() -> None:
+    """Going on with one would be a way into the engine."""
+
+    class Sly(Process):
+        async def run(self) -> Continue:
+            return Continue("receive")
+
+    process = Sly()
+    await process.step()
+    await process.step()
+    with pytest.raises(ProcessExceptedError, match="receive is a method of Process, and can't be a step"):
+        process.result().raise_for_state()
+
+
+async def test_what_was_done_once_is_forgotten_when_the_step_has_ended() -> None:
+    """It is kept for the attempts of the step, and in no later checkpoint."""
+
+    class Does(Process):
+        async def run(self) -> Wait:
+            await self.do("number", lambda: 1)
+            return Wait(self.run)
+
+    process = Does()
+    await process.step()
+    await process.step()
+    assert "done" not in process.snapshot()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 from prunus.errors import Failure, ProcessExceptedError, ProcessKilledError
 from prunus.processes import AttributeDict, ProcessResult, ProcessState, new_pid, pids
 
-FINISHED = ProcessResult("p1", ProcessState.FINISHED, {"a": 1, "n": {"b": 2}}, 0)
-EXCEPTED = ProcessResult("p2", ProcessState.EXCEPTED, {}, failure=Failure("ValueError", "too small"))
-KILLED = ProcessResult("p3", ProcessState.KILLED, exit_message="enough")
+FINISHED: ProcessResult[Any] = ProcessResult("p1", ProcessState.FINISHED, {"a": 1, "n": {"b": 2}}, 0)
+EXCEPTED: ProcessResult[Any] = ProcessResult(
+    "p2", ProcessState.EXCEPTED, {}, failure=Failure("ValueError", "too small")
+)
+KILLED: ProcessResult[Any] = ProcessResult("p3", ProcessState.KILLED, exit_message="enough")
 
 
 def test_outputs_are_read_by_attribute_and_item() -> None:
@@ -58,7 +61,7 @@ def test_success_is_to_have_finished_with_status_0() -> None:
 
 def test_the_context_is_a_dictionary_with_attributes() -> None:
     """What can't be reached as an attribute can't be set as one."""
-    context = AttributeDict(a=1)
+    context: Any = AttributeDict(a=1)
     context.b = 2
     del context.a
     assert context == {"b": 2}

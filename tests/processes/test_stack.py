@@ -9,7 +9,7 @@ import threading
 import weakref
 from typing import Any
 
-from prunus.processes import Process, WorkChain, WorkChainSpec, execute
+from prunus.processes import Continue, Process, Update, WorkChain, WorkChainSpec, execute, step, update
 from prunus.processes import stack as process_stack
 
 
@@ -40,6 +40,55 @@ async def test_it_is_right_in_steps_tasks_threads_and_nested_processes() -> None
     assert Process.current() is None
     assert seen == [process] * 4
     assert inner_seen[0] is inner_seen[1]
+
+
+async def test_the_current_step_is_known_by_its_name() -> None:
+    """In the step, its tasks and threads; in an update it is the name of that; outside there is none."""
+    seen: list[str | None] = []
+
+    class Named(Process):
+        @step(name="first")
+        async def run(self) -> Continue:
+            seen.append(Process.current_step())
+            await asyncio.create_task(self.helper())
+            await asyncio.to_thread(lambda: seen.append(Process.current_step()))
+            return Continue(self.second)
+
+        async def helper(self) -> None:
+            seen.append(Process.current_step())
+
+        def second(self) -> None:
+            seen.append(Process.current_step())
+
+        @update
+        def change(self) -> str | None:
+            return Process.current_step()
+
+    process = Named()
+    process.receive(Update("change"), token=1)
+    (reply,) = process.take_effects().replies
+    assert reply.value == "change"
+    await process.execute()
+    assert Process.current_step() is None
+    assert seen == ["first", "first", "first", "second"]
+
+
+async def test_what_outlives_a_step_can_be_given_a_clean_context() -> None:
+    """It knows no process, and keeps the other variables."""
+    colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour")
+    contexts: list[contextvars.Context] = []
+
+    class Leaves(Process):
+        async def run(self) -> None:
+            colour.set("red")
+            contexts.append(process_stack.clean_context())
+            assert Process.current() is self
+
+    process = Leaves()
+    await process.execute()
+    assert contexts[0].run(Process.current) is None
+    assert contexts[0].run(Process.current_step) is None
+    assert contexts[0].run(colour.get) == "red"
 
 
 async def test_many_processes_at_once_do_not_mix() -> None:

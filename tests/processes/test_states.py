@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,6 +20,7 @@ from prunus.processes.states import (
     Excepted,
     Finished,
     Killed,
+    Pending,
     PlayEvent,
     PlayState,
     ProcessState,
@@ -29,11 +31,18 @@ from prunus.processes.states import (
     to_data,
     turn,
 )
+from prunus.processes.waits import AllOf, OnChild, OnTime
 
-SAMPLES: dict[ProcessState, states.State] = {
+SAMPLES: dict[ProcessState, Any] = {
     ProcessState.CREATED: Created("run"),
-    ProcessState.RUNNING: Running("fit", (1, [2]), {"a": None}),
-    ProcessState.WAITING: Waiting("collect", "for them", {"k": 1}, ("p1", "p2")),
+    ProcessState.RUNNING: Running("fit", (1, [2]), {"a": None}, 2, "begun", (Pending(None, "later"),)),
+    ProcessState.WAITING: Waiting(
+        (
+            Pending(AllOf((OnChild("p1"), OnChild("p2"))), "collect", message="for them", data={"k": 1}),
+            Pending(OnTime(1.5), "fit", (1, [2]), {"a": None}, attempt=2, effect="unknown"),
+            Pending(None),
+        )
+    ),
     ProcessState.FINISHED: Finished([1], 3, "no"),
     ProcessState.EXCEPTED: Excepted(Failure(type="ValueError", message="bad", cause=Failure("KeyError", "'x'"))),
     ProcessState.KILLED: Killed("enough"),
@@ -99,6 +108,27 @@ def test_the_arguments_of_a_step_survive_being_plain_data(args: list[object], kw
     """Positional and keyword arguments are kept, whatever they hold."""
     state = Running("step", tuple(args), kwargs)
     assert from_data(to_data(state)) == state
+
+
+def test_a_waiting_process_is_suspended_if_somebody_may_resume_it() -> None:
+    """One of its waits is for nothing that happens by itself."""
+    child = Pending(OnChild("p1"), message="for a child")
+    assert not Waiting((child,)).suspended
+    assert Waiting((child, Pending(None))).suspended
+
+
+def test_the_first_wait_that_has_a_line_for_people_says_it() -> None:
+    """Others may have none."""
+    assert Waiting((Pending(None), Pending(None, message="for a person"))).message == "for a person"
+    assert Waiting((Pending(None),)).message is None
+
+
+@pytest.mark.parametrize("children", [["p1", "p2"], []])
+def test_a_waiting_state_as_prunus_0_1_wrote_it_is_read(children: list[str]) -> None:
+    """Children are waited for together; none at all meant suspended."""
+    old = {"state": "waiting", "step": "collect", "message": "for them", "data": 1, "children": children}
+    on = AllOf(tuple(OnChild(pid) for pid in children)) if children else None
+    assert from_data(old) == Waiting((Pending(on, "collect", message="for them", data=1),))
 
 
 def test_the_values_are_those_that_people_know() -> None:

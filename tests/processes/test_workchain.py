@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from prunus.errors import ProcessExceptedError, SpecError
 from prunus.processes import (
     Continue,
     KillMessage,
+    Outcomes,
     Process,
     ProcessResult,
     ProcessState,
@@ -43,21 +45,17 @@ class Square(Process):
         return self.Outputs(self.inputs.x**2)
 
 
-def chain(*names: str | Any, **steps: Callable[[Any], Any]) -> type[WorkChain]:
+def chain(*names: str | Any, **steps: Callable[..., Any]) -> type[WorkChain]:
     """A work chain with these steps; its context collects what they say."""
 
-    class Chain(WorkChain):
-        run_sync_steps_in = "loop"
+    def define(cls: type[WorkChain], spec: WorkChainSpec) -> None:
+        spec.output("x", required=False)
+        spec.outline(*names)
 
-        @classmethod
-        def define(cls, spec: WorkChainSpec) -> None:
-            super().define(spec)
-            spec.output("x", required=False)
-            spec.outline(*names)
-
+    body: dict[str, Any] = {"define": classmethod(define), "run_sync_steps_in": "loop", "__module__": __name__}
     for name, step in steps.items():
-        setattr(Chain, name, lambda self, *args, _step=step: _step(self, *args))
-    return Chain
+        body[name] = lambda self, *args, _step=step: _step(self, *args)
+    return types.new_class("Chain", (WorkChain,), exec_body=lambda namespace: namespace.update(body))
 
 
 def say(text: str, value: Any = None) -> Callable[[Any], Any]:
@@ -68,7 +66,7 @@ def say(text: str, value: Any = None) -> Callable[[Any], Any]:
     return step
 
 
-async def drive(process: Process, **results: Any) -> Process:
+async def drive(process: Process) -> Process:
     while process.can_step:
         await process.step()
     return process
@@ -99,11 +97,11 @@ async def test_children_of_the_last_step_are_waited_for() -> None:
         self.to_context(child=self.submit(Square, {"x": 2}))
 
     process = await drive(chain("last", last=last)(pid="w"))
-    (child,) = process.take_children()
+    (child,) = process.take_effects().children
     assert (process.state, process.waiting_for) == (ProcessState.WAITING, (child.pid,))
     restored = type(process).restore(process.snapshot())
     result = ProcessResult(child.pid, ProcessState.FINISHED, {"y": 4}, 0)
-    restored.resolve({child.pid: result})
+    restored.settle(Outcomes(0.0, {child.pid: result}))
     assert restored.snapshot()["context"]["child"] is result
     await drive(restored)
     assert restored.result().successful
@@ -161,7 +159,8 @@ async def test_an_outline_can_wait_for_a_message() -> None:
 
 async def test_return_gives_the_exit_status() -> None:
     """And ends the outline there."""
-    process = await drive(chain("a", return_(12), "b", a=say("a"), b=say("b"))())
+    steps = chain("a", if_("p")(return_(12)), "b", a=say("a"), b=say("b"), p=lambda self: True)
+    process = await drive(steps())
     assert process.result().exit_status == 12
     assert said(process) == ["a"]
 
@@ -251,7 +250,7 @@ async def test_the_context_of_a_step_that_is_cancelled_is_dropped() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert process.snapshot() == before
-    assert process.take_children() == ()
+    assert process.take_effects().children == ()
 
 
 async def test_a_kill_reaches_the_step_of_an_outline() -> None:
@@ -286,15 +285,18 @@ async def test_what_is_no_child_can_not_be_waited_for(step: Callable[[Any], Any]
 
 
 def test_a_chain_without_an_outline_is_a_spec_error() -> None:
-    """It is told when the first one is made."""
-    with pytest.raises(SpecError, match="Chain has no steps"):
-        chain()()
+    """A base for others needs none, but nobody can make a process of it."""
+
+    class Base(WorkChain): ...
+
+    with pytest.raises(SpecError, match=r"the outline of .*Base has no steps"):
+        Base()
 
 
 def test_a_step_can_not_have_the_name_of_a_method_of_ours() -> None:
     """A step called `submit` would take the place of what it calls."""
     with pytest.raises(SpecError, match="Chain defines submit, which Process needs"):
-        chain("submit", submit=say("x"))()
+        chain("submit", submit=say("x"))
 
 
 def test_the_description_has_the_outline() -> None:

@@ -1,28 +1,31 @@
 """What a step may return to say what comes next.
 
-``Continue`` runs another step, ``Wait`` waits for children or for a message, ``Stop`` ends the process, ``Kill``
-kills it. A step is named by its method (``Continue(self.fit, 3)``) and kept by name, so that it can be written into a
-checkpoint. Any other value that a step returns ends the process with that result.
+``Continue`` runs another step, ``Wait`` waits, ``Stop`` ends the process, ``Kill`` kills it. A step is named by its
+method (``Continue(self.fit, 3)``) and kept by name, so that it can be written into a checkpoint. A step may return
+several waits in a list: each goes on with a step of its own. None goes on waiting if there is something left to wait
+for, and else ends the process; any other value ends it with that result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
 
 from prunus.errors import SpecError
+from prunus.processes.steps import stable_name
+from prunus.processes.waits import AllOf, AnyOf, Child, Condition, OnTime, Waitable, condition_of, part_of
+
+if TYPE_CHECKING:
+    from prunus.processes.process import Process
+
+P = ParamSpec("P")
+ProcessT = TypeVar("ProcessT", bound="Process")
 
 StepRef = str | Callable[..., Any]
 """A step: a method of the process class, bound or not, or its name."""
 
-
-@dataclass(frozen=True, slots=True)
-class Child:
-    """A handle to a submitted process: what `Process.submit` gives and what can be waited for."""
-
-    pid: str
-    class_id: str
+__all__ = ["Child", "Command", "Continue", "Kill", "StepRef", "Stop", "Wait", "step_name"]
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -33,6 +36,12 @@ class Continue:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
+    @overload
+    def __init__(self, step: str, /, *args: Any, **kwargs: Any) -> None: ...
+    @overload
+    def __init__(self, step: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None: ...
+    @overload
+    def __init__(self, step: Callable[Concatenate[ProcessT, P], Any], /, *args: P.args, **kwargs: P.kwargs) -> None: ...
     def __init__(self, step: StepRef, /, *args: Any, **kwargs: Any) -> None:
         object.__setattr__(self, "step", step_name(step))
         object.__setattr__(self, "args", args)
@@ -41,31 +50,91 @@ class Continue:
 
 @dataclass(frozen=True, slots=True, init=False)
 class Wait:
-    """Wait until all children `on` have terminated, then run `callback` with the list of their `ProcessResult`.
+    """Wait for what `on` names, then run `then` with its value.
 
-    Without `on` the process is *suspended*: it waits for a `Resume` message, and `callback` gets its value if it has
-    one. (An empty `on` is over at once.) Without a callback the process finishes, or goes on with its outline, when the
-    wait is over.
+    ``Wait(child, then=self.collect)``, ``Wait([a, b], then=...)`` (all of them), ``Wait(message("ok"), then=...)``,
+    ``Wait(sleep(60))``, ``Wait.any(approved=message("approve"), late=sleep(3600), then=self.decide)``: the step gets
+    the value, or, where the conditions have names, one keyword argument for each. A time has no value. (What values
+    there are stands in `prunus.processes.waits`.)
+
+    Without `on` the process is *suspended*: it waits until somebody resumes it, and `then` gets the value that comes
+    with it, if one does. (An empty list is over at once.) Without `then` the process finishes, or goes on with its
+    outline, when the wait is over; the named values are in its context then. `msg` is a line for people.
+
+    As in plumpy the step may come first: ``Wait(self.collect, "waits for its children", on=children)``.
     """
 
     callback: str | None
     msg: str | None
     data: Any
-    on: tuple[str, ...] | None
+    on: Condition | None
     """None: suspended."""
 
+    @overload
+    def __init__(
+        self, first: StepRef, msg: str | None = None, data: Any = None, on: Waitable | None = None
+    ) -> None: ...
+    @overload
+    def __init__(
+        self, first: Waitable, msg: str | None = None, data: Any = None, *, then: StepRef | None = None
+    ) -> None: ...
+    @overload
     def __init__(
         self,
-        callback: StepRef | None = None,
+        first: None = None,
         msg: str | None = None,
         data: Any = None,
-        on: Iterable[Child | str] | None = None,
+        on: Waitable | None = None,
+        *,
+        then: StepRef | None = None,
+    ) -> None: ...
+    def __init__(
+        self,
+        first: Any = None,
+        msg: str | None = None,
+        data: Any = None,
+        on: Any = None,
+        *,
+        then: StepRef | None = None,
     ) -> None:
-        pids = None if on is None else tuple(child.pid if isinstance(child, Child) else child for child in on)
-        object.__setattr__(self, "callback", None if callback is None else step_name(callback))
+        if isinstance(first, str) or (callable(first) and not isinstance(first, type)):
+            if then is not None:
+                raise TypeError(f"Wait({first!r}, then={then!r}): two steps can't both come next")
+            then = first
+        elif first is not None:
+            if on is not None:
+                raise TypeError("Wait(...) takes what it waits for as its first argument or as on=..., not as both")
+            on = first
+        object.__setattr__(self, "callback", None if then is None else step_name(then))
         object.__setattr__(self, "msg", msg)
         object.__setattr__(self, "data", data)
-        object.__setattr__(self, "on", pids)
+        object.__setattr__(self, "on", None if on is None else condition_of(on))
+
+    @classmethod
+    def all(cls, *on: Waitable, then: StepRef | None = None, msg: str | None = None, **named: Waitable) -> Wait:
+        """Wait for everything that is named."""
+        items, names = _several(on, named, "all")
+        return cls(on=AllOf(items, names), msg=msg, then=then)
+
+    @classmethod
+    def any(cls, *on: Waitable, then: StepRef | None = None, msg: str | None = None, **named: Waitable) -> Wait:
+        """Wait for the first of them. By name, those that did not happen are None."""
+        items, names = _several(on, named, "any")
+        if not items:
+            raise TypeError("Wait.any() of nothing would never be over")
+        return cls(on=AnyOf(items, names), msg=msg, then=then)
+
+
+def _several(
+    on: tuple[Any, ...], named: Mapping[str, Any], word: str
+) -> tuple[tuple[Condition, ...], tuple[str, ...] | None]:
+    if on and named:
+        raise TypeError(f"Wait.{word}(...): give a name to each of them, or to none")
+    if named:
+        return tuple(part_of(item) for item in named.values()), tuple(named)
+    if len(on) == 1 and isinstance(on[0], (list, tuple)):
+        on = tuple(on[0])
+    return tuple(part_of(item) for item in on), None
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -106,7 +175,12 @@ def step_name(step: StepRef) -> str:
 
     Raises `SpecError` for something that has no name to be found by later, such as a lambda.
     """
-    name = step if isinstance(step, str) else getattr(step, "__name__", None)
+    name = step if isinstance(step, str) else stable_name(step)
     if name is None or not name.isidentifier():
         raise SpecError(f"a step must be a method of the process class, so that a checkpoint can name it; got {step!r}")
     return name
+
+
+def is_unnamed_time(condition: Condition | None) -> bool:
+    """Whether the value of `condition` says nothing, so that no step wants it."""
+    return isinstance(condition, OnTime)

@@ -7,101 +7,224 @@ same machine that a worker drives, so what works here works there.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from prunus.errors import Failure, InvalidStateError
+from prunus.errors import CheckpointNotFoundError, Failure, InvalidStateError
 from prunus.processes.control import Kill
+from prunus.processes.generics import InputsT, OutputsT
+from prunus.processes.listeners import Line
+from prunus.processes.machine import NO_EFFECTS, Effects
 from prunus.processes.process import Process
 from prunus.processes.result import ProcessResult
-from prunus.processes.states import ProcessState
+from prunus.processes.stack import clean_context
+from prunus.processes.waits import Mail, Outcomes
+
+MAX_TURN_S = 0.01
+"""After so long somebody else may run, however little the steps wait."""
 
 
 async def execute(
-    process: Process | type[Process],
-    inputs: Any = None,
+    process: Process[InputsT, OutputsT] | type[Process[InputsT, OutputsT]],
+    inputs: InputsT | Mapping[str, Any] | None = None,
     *,
     pid: str | None = None,
     tags: Iterable[str] = (),
-) -> ProcessResult:
+    caller: Process | None = None,
+) -> ProcessResult[OutputsT]:
     """Run a process, or a new one of a class, to its end, and all children that it submits.
 
     Raises `ProcessExceptedError` or `ProcessKilledError` if it did not finish, `InvalidInputError` for wrong inputs.
     If the task that awaits this is cancelled, the process and its children are killed, and `CancelledError` goes on.
-    Children that nobody waits for are waited for; when their parent is killed they are killed too.
+    Children that nobody waits for are waited for; when their parent is killed they are killed too, unless they are
+    submitted with another ``parent_close``. `caller` is a process that calls this one in a step: it gets its lines.
     """
     if isinstance(process, type):
         process = process(inputs, pid=pid, tags=tags)
-    family = _Family()
+    family = _Family(caller)
     return (await family.drive(process)).raise_for_state()
 
 
-def run(process_class: type[Process], inputs: Any = None) -> ProcessResult:
+def run(
+    process_class: type[Process[InputsT, OutputsT]], inputs: InputsT | Mapping[str, Any] | None = None
+) -> ProcessResult[OutputsT]:
     """`execute` for a script: blocks until the process has ended."""
     try:
         asyncio.get_running_loop()
+        has_loop = True
     except RuntimeError:
-        return asyncio.run(execute(process_class, inputs))
-    raise RuntimeError("there is a running event loop here: write `await prunus.execute(...)` instead of prunus.run")
+        has_loop = False
+    if has_loop:
+        raise RuntimeError(
+            "there is a running event loop here: write `await prunus.execute(...)` instead of prunus.run"
+        )
+    return asyncio.run(execute(process_class, inputs))
 
 
 class _Family:
     """A process that is executed and its descendants: one task for each child, and who has ended how."""
 
-    def __init__(self) -> None:
-        self._members: dict[str, asyncio.Event] = {}
-        self._results: dict[str, ProcessResult] = {}
+    def __init__(self, caller: Process | None = None) -> None:
+        self.caller = caller
+        self.members: dict[str, _Member] = {}
+        self.results: dict[str, ProcessResult] = {}
+        """In the order in which they ended."""
 
-    async def drive(self, process: Process) -> ProcessResult:
-        """Drive one of the family; returns when it and its own children have ended."""
-        awake = self._members.setdefault(process.pid, asyncio.Event())
-        process.on_change = awake.set
-        children: dict[asyncio.Task[ProcessResult], Process] = {}
+    async def drive(self, process: Process[Any, OutputsT]) -> ProcessResult[OutputsT]:
+        """Drive the first of the family."""
+        result: ProcessResult[OutputsT] = await self.join(process).drive()
+        return result
+
+    def join(self, process: Process) -> _Member:
+        member = self.members[process.pid] = _Member(self, process)
+        return member
+
+    def leave(self, process: Process) -> None:
+        """It has ended. Whoever waits for it looks again."""
+        del self.members[process.pid]
+        process.driver = None
+        if self.members:
+            self.results[process.pid] = process.result()
+            for member in self.members.values():
+                if process.pid in member.awaited:
+                    member.changed()
+
+
+class _Member:
+    """The driver of one process."""
+
+    __slots__ = ("_awake", "_children", "_family", "_letters", "_looked_at_s", "_mail", "_process", "awaited")
+
+    def __init__(self, family: _Family, process: Process) -> None:
+        self._family = family
+        self._process = process
+        self._awake: asyncio.Future[None] | None = None
+        self._children: dict[asyncio.Task[ProcessResult], Process] = {}
+        self._mail: tuple[Mail, ...] = ()
+        self._letters = 0
+        self._looked_at_s = 0.0
+        """When it was last looked whether its waits are over."""
+        self.awaited: Sequence[str] = ()
+        """The pids that it waits for."""
+        process.driver = self
+
+    async def drive(self) -> ProcessResult:
+        """Drive it to its end; returns when its own children have ended too."""
+        process, loop = self._process, asyncio.get_running_loop()
+        turn_ends_s = loop.time() + MAX_TURN_S
         try:
             while not process.has_terminated():
                 if process.can_step:
                     await process.step()
-                    for child in process.take_children():
-                        self._members[child.pid] = asyncio.Event()
-                        children[asyncio.create_task(self.drive(child), name=child.pid)] = child
-                elif process.waiting_for and not process.resolve(self._results):
-                    await self._wait_for_others(process, awake)
-                else:
-                    await awake.wait()
-                awake.clear()
-            result = self._results[process.pid] = process.result()
-            if process.parent is not None:
-                for other in self._members.values():
-                    other.set()
-            if children:
-                if result.state is ProcessState.KILLED:
-                    _kill(children, f"its parent {process.pid} was killed")
-                await asyncio.wait(children)
-            return result
+                    if loop.time() > turn_ends_s:  # steps that wait for nothing would let nobody else run
+                        await asyncio.sleep(0)
+                        turn_ends_s = loop.time() + MAX_TURN_S
+                elif process.paused or not self._settle():
+                    await self._sleep()
+                if (effects := process.take_effects()) is not NO_EFFECTS:
+                    self._carry_out(effects)
         except asyncio.CancelledError:
             process.receive(Kill("the task that executed it was cancelled", force=True))
+            await self._cancel_children()
             raise
         finally:
-            process.on_change = None
-            if children:
-                await _cancel(children)
+            self._family.leave(process)
+        if self._children:
+            try:
+                await asyncio.wait(self._children)
+            except asyncio.CancelledError:
+                await self._cancel_children()
+                raise
+        return process.result()
 
-    async def _wait_for_others(self, process: Process, awake: asyncio.Event) -> None:
-        strangers = [pid for pid in process.waiting_for if pid not in self._members]
+    # --- for the process ----------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        if self._awake is not None and not self._awake.done():
+            self._awake.set_result(None)
+
+    def said(self) -> None:
+        self._hand_on(self._process.take_lines())
+
+    def deliver(self, name: str, value: Any) -> None:
+        self._letters += 1
+        self._mail = (*self._mail, Mail(self._letters, name, value))
+        self.changed()
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Nothing is stored here."""
+
+    async def keep(self) -> None:
+        """Nothing is stored here."""
+
+    async def results(self, pids: Sequence[str]) -> list[ProcessResult]:
+        for pid in pids:
+            if pid not in self._family.results:
+                raise CheckpointNotFoundError(pid)
+        return [self._family.results[pid] for pid in pids]
+
+    # --- inside -------------------------------------------------------------------------------------
+
+    def _settle(self) -> bool:
+        """Whether something has changed by what has happened of what it waits for."""
+        process, family = self._process, self._family
+        self.awaited = process.waiting_for
+        strangers = [pid for pid in self.awaited if pid not in family.members and pid not in family.results]
         if strangers:
             error = InvalidStateError("waiting", f"waiting for processes that run here, not for {', '.join(strangers)}")
             process.fail(Failure.of(error))
-        else:
-            await awake.wait()
+            return True
+        awaited, revision = set(self.awaited), process.revision
+        results = {pid: result for pid, result in family.results.items() if pid in awaited}
+        self._looked_at_s = time.time()
+        process.settle(Outcomes(self._looked_at_s, results, self._mail))
+        return process.revision != revision
 
+    async def _sleep(self) -> None:
+        """Until a message or the end of another process may have changed something, or it is time."""
+        at_s = None if self._process.paused else self._process.wakes(self._looked_at_s).at_s
+        loop = asyncio.get_running_loop()
+        self._awake = loop.create_future()
+        timer = None if at_s is None else loop.call_later(at_s - time.time(), self.changed)
+        try:
+            await self._awake
+        finally:
+            self._awake = None
+            if timer is not None:
+                timer.cancel()
 
-async def _cancel(children: dict[asyncio.Task[ProcessResult], Process]) -> None:
-    for task in children:
-        task.cancel()
-    await asyncio.wait(children)
-    _kill(children, "the execution of its parent was cancelled")  # those whose task had not begun
+    def _carry_out(self, effects: Effects) -> None:
+        """What the process wants to become true."""
+        if effects.lines:
+            self._hand_on(effects.lines)
+        for child in effects.children:
+            if child.pid in self._family.members or child.pid in self._family.results:
+                continue  # of a step that runs again
+            driving = self._family.join(child).drive()
+            task = asyncio.get_running_loop().create_task(driving, name=child.pid, context=clean_context())
+            self._children[task] = child
+        if effects.used_mail:
+            self._mail = tuple(mail for mail in self._mail if mail.seq not in effects.used_mail)
+        for message, policies in effects.tells:
+            for child in self._children.values():
+                if child.parent_close in policies:
+                    child.receive(message)
 
+    def _hand_on(self, lines: Sequence[Line]) -> None:
+        """Nothing is kept here; who has called the process in a step gets its lines."""
+        caller = self._family.caller
+        if caller is None:
+            return
+        for line in lines:
+            source = line.source or f"{type(self._process).__name__} {self._process.pid}"
+            caller.write_line(line.level, line.text, source)
 
-def _kill(children: dict[asyncio.Task[ProcessResult], Process], why: str) -> None:
-    for child in children.values():
-        child.receive(Kill(why, force=True))
+    async def _cancel_children(self) -> None:
+        if not self._children:
+            return
+        for task in self._children:
+            task.cancel()
+        await asyncio.wait(self._children)
+        for child in self._children.values():  # those whose task had not begun
+            child.receive(Kill("the execution of its parent was cancelled", force=True))

@@ -20,9 +20,9 @@ class FrozenNamespace(Mapping[str, Any]):
 
     __slots__ = ("_about", "_items")
 
-    def __init__(self, items: dict[str, Any], about: str = "this namespace") -> None:
-        object.__setattr__(self, "_items", items)
-        object.__setattr__(self, "_about", about)
+    def __init__(self, items: dict[str, Any], about: object = "this namespace") -> None:
+        _set_items(self, items)
+        _set_about(self, about)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"{self._about} can't be changed")
@@ -60,6 +60,11 @@ class FrozenNamespace(Mapping[str, Any]):
         return f"{type(self).__name__}({self._items!r})"
 
 
+# The descriptors of the slots: quicker than `object.__setattr__`, and each result of a process makes one of these.
+_set_items = FrozenNamespace.__dict__["_items"].__set__
+_set_about = FrozenNamespace.__dict__["_about"].__set__
+
+
 class AttributeDict(dict[str, Any]):
     """A dictionary whose items are attributes too."""
 
@@ -89,8 +94,8 @@ class AttributeDict(dict[str, Any]):
         return AttributeDict(self)
 
 
-def freeze(values: Mapping[str, Any], about: str) -> FrozenNamespace:
-    """`values` and all dictionaries in it, frozen."""
+def freeze(values: Mapping[str, Any], about: object) -> FrozenNamespace:
+    """`values` and all dictionaries in it, frozen. `about` is asked for its text when a name is missing."""
     return FrozenNamespace(
         {name: freeze(value, about) if isinstance(value, dict) else value for name, value in values.items()}, about
     )

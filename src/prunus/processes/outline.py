@@ -19,12 +19,14 @@ is the same as never having stopped; a question that has been answered is not as
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from prunus.errors import SpecError
+from prunus.processes.steps import options_of
 
 Path = tuple[int, ...]
 
@@ -183,6 +185,10 @@ class _Compiler:
             raise SpecError(f"{where} has no steps")
         described = []
         for index, instruction in enumerate(instructions):
+            if index and _always_returns(instructions[index - 1]):
+                raise SpecError(
+                    f"in {where} nothing can come after {_title(instructions[index - 1])}: it always ends the outline"
+                )
             is_last = index + 1 == len(instructions)
             follow = exit if is_last else _entry(instructions[index + 1 :], prefix, index + 1)
             described.append(self._instruction(instruction, (*prefix, index), follow))
@@ -202,7 +208,7 @@ class _Compiler:
                 return {"return": instruction.code}
         if instruction is return_:
             return self._instruction(return_(), path, follow)
-        name = self._method(instruction)
+        name = self._step(instruction)
         self.places[path] = Step(name, follow)
         return name
 
@@ -222,10 +228,21 @@ class _Compiler:
                 otherwise = here
         return dict(reversed(described.items()))
 
+    def _step(self, function: Any) -> str:
+        """The stable name of a step."""
+        name = self._method(function)
+        options = options_of(getattr(self._process_class, name))
+        return name if options is None else options.name
+
     def _method(self, function: Any) -> str:
         name = _name(function)
-        if not callable(getattr(self._process_class, name, None)):
+        method = getattr(self._process_class, name, None)
+        if not callable(method):
             raise SpecError(f"{name} in an outline is no method of {self._process_class.__qualname__}; write cls.name")
+        if not _takes_self_only(method):
+            raise SpecError(
+                f"{self._process_class.__qualname__}.{name} stands in an outline, so it must take no argument but self"
+            )
         return name
 
 
@@ -233,6 +250,33 @@ def _entry(instructions: tuple[Any, ...], prefix: Path, index: int = 0) -> Path:
     """Where a block is entered at its instruction number `index`, the first of `instructions`."""
     path = (*prefix, index)
     return (*path, 0) if instructions and isinstance(instructions[0], if_) else path
+
+
+def _always_returns(instruction: Any) -> bool:
+    """Whether nothing behind `instruction` is ever reached."""
+    match instruction:
+        case return_():
+            return True
+        case if_():
+            has_else = bool(instruction.branches) and instruction.branches[-1][0] is None
+            return has_else and all(body and _always_returns(body[-1]) for _, body in instruction.branches)
+        case _:
+            return instruction is return_
+
+
+def _title(instruction: Any) -> str:
+    if isinstance(instruction, if_):
+        return f"if_({_name(instruction.branches[0][0])})...else_(...)"
+    return f"return_({instruction.code})" if isinstance(instruction, return_) else "return_"
+
+
+def _takes_self_only(method: Any) -> bool:
+    try:
+        parameters = list(inspect.signature(method).parameters.values())[1:]
+    except (TypeError, ValueError):  # nothing that Python can look into
+        return True
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return all(parameter.default is not parameter.empty or parameter.kind in optional for parameter in parameters)
 
 
 def _name(function: Any) -> str:

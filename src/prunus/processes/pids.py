@@ -7,6 +7,7 @@ greater than the one before, also when the clock stands still or goes back.
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 
@@ -18,7 +19,7 @@ def new_pid() -> str:
     """A new pid."""
     global _last
     with _lock:
-        _last = advance(_last, time.time_ns() // 1_000_000, int.from_bytes(os.urandom(10)))
+        _last = advance(_last, time.time_ns() // 1_000_000, _chance.getrandbits(RANDOM_BITS))
         return pid_from(_last)
 
 
@@ -33,9 +34,12 @@ def advance(last: int, now_ms: int, randomness: int) -> int:
 def pid_from(number: int) -> str:
     """The number of `advance` as the text of a UUID, with version and variant in their places."""
     time_ms, high, low = number >> RANDOM_BITS, (number >> 62) & 0xFFF, number & ((1 << 62) - 1)
-    digits = f"{time_ms:012x}7{high:03x}{low | 1 << 63:016x}"
+    digits = f"{time_ms << 80 | 7 << 76 | high << 64 | 1 << 63 | low:032x}"
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
+_chance = random.Random()
+"""Seeded by the system, also in a forked child. A pid is a name, and no secret."""
+os.register_at_fork(after_in_child=_chance.seed)
 _last = 0
 _lock = threading.Lock()

@@ -1,100 +1,131 @@
-"""A process: user code in steps, with a state between them that can be written down.
+"""What the user writes: a class with steps, and what they may call.
 
-Whoever drives a process owes it no more than this::
-
-    while not process.has_terminated():
-        transitions = await process.step()       # when it is playing and not waiting
-        children = process.take_children()       # ... to be run by the driver
-        process.resolve(results)                 # when those that it is `waiting_for` have ended
-        process.receive(message)                 # at any time, on the loop: also while a step runs
-
-Rules
-- A step is a transaction. What a step writes (outputs, children, the context of a work chain) goes to a working copy,
-  its `_Attempt`, that becomes the state of the process when the step ends. A step that is cancelled from outside leaves
-  the process as it was. A step that was abandoned (killed, and deaf) writes to nowhere.
-- User code runs in a task of its own, plain ``def`` steps in a worker thread: a kill reaches it and nothing else.
-- `step` returns what has changed, and nothing changes in between: a snapshot taken after it is a checkpoint.
-- Everything but the plain ``def`` steps happens on one event loop.
+How a process goes from one state to the next stands in `prunus.processes.machine`, in `Process`'s other half.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import inspect
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, Literal, Self, assert_never
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    ParamSpec,
+    Self,
+    TypeVar,
+    assert_never,
+    overload,
+)
 
-import msgspec
-
-from prunus.errors import Failure, InvalidInputError, InvalidStateError, SpecError
+from prunus.errors import (
+    InvalidInputError,
+    InvalidStateError,
+    SpecError,
+    UnsavableValueError,
+)
 from prunus.processes import commands, control, loading, stack, states
-from prunus.processes.commands import Child, Command, Continue, Stop, Wait
+from prunus.processes.commands import Wait
+from prunus.processes.control import CALM, Register
+from prunus.processes.fanout import DEFAULT_IN_FLIGHT, FanOut
+from prunus.processes.generics import InputsT, OutputsT
+from prunus.processes.listeners import ProcessListener
+from prunus.processes.machine import (
+    Machine,
+    OnException,
+    ParentClose,
+)
 from prunus.processes.pids import new_pid
 from prunus.processes.result import ProcessResult
-from prunus.processes.spec import ProcessSpec, build, fields_of
+from prunus.processes.schemas import Arguments
+from prunus.processes.spec import ExitCodes, ProcessSpec, build
 from prunus.processes.states import (
     Created,
-    Event,
     Excepted,
     Finished,
     Killed,
-    PlayEvent,
-    PlayState,
-    ProcessState,
+    Pending,
     Running,
     State,
     Waiting,
-    enter,
-    turn,
+)
+from prunus.processes.steps import StepOptions, read_steps
+from prunus.processes.waits import (
+    Child,
+    OnMap,
+    Waitable,
 )
 
-CANCEL_GRACE_S = 10.0
-"""How long a step that is cancelled from outside may clean up before it is abandoned."""
-
-_log = logging.getLogger(__name__)
-
-
-class Transition(msgspec.Struct, frozen=True):
-    """One change of one of the two state machines."""
-
-    kind: Literal["state", "play"]
-    source: str
-    target: str
-    step: str | None = None
-    """The step that led to it."""
-    note: str | None = None
-    """A reason, for people."""
-
-    @property
-    def subject(self) -> str:
-        """``state_changed.running.finished``, ``play_changed.playing.paused`` ..."""
-        return f"{self.kind}_changed.{self.source}.{self.target}"
+P = ParamSpec("P")
+T = TypeVar("T")
+ChildInputsT = TypeVar("ChildInputsT")
+ChildOutputsT = TypeVar("ChildOutputsT")
 
 
-class Process:
+class Process(Machine, Generic[InputsT, OutputsT]):
     """The base of all processes. A subclass defines its ports and a first step, ``run``.
 
     ``run`` and the other steps are methods, ``async def`` or plain ``def`` (those run in a worker thread). What a step
-    returns says what comes next: a command (`Continue`, `Wait`, `Stop`, `Kill`), an instance of the class's `Outputs`
-    (they are emitted, and the process finishes), or any other value: the process finishes with it.
+    returns says what comes next: a command (`Continue`, `Wait`, `Stop`, `Kill`), several waits in a list, an exit code,
+    an instance of the class's `Outputs` (they are emitted, and the process finishes), None (it goes on waiting for what
+    is left, or finishes), or any other value: the process finishes with it.
     """
 
     version: ClassVar[int] = 1
-    """The version of the class, written into each checkpoint."""
+    """The version of the class, written into each checkpoint; see `migrate`."""
     run_sync_steps_in: ClassVar[Literal["thread", "loop"]] = "thread"
     """Where plain ``def`` steps run. On the loop they are cheap, and block everybody else while they last."""
+    on_exception: ClassVar[OnException] = "fail"
+    """When a step raises for good: ``"fail"`` ends the process as EXCEPTED (its last good checkpoint stays),
+    ``"pause"`` parks it paused and intact, before that step. Can be given at launch too."""
+    listeners: ClassVar[tuple[ProcessListener, ...]] = ()
+    """They listen to every process of the class, wherever it runs."""
     spec_class: ClassVar[type[ProcessSpec]] = ProcessSpec
-    run: ClassVar[Any] = None
-    """The first step."""
+    if TYPE_CHECKING:  # any signature fits
+
+        def run(self, *args: Any, **kwargs: Any) -> Any:
+            """The first step."""
+
+    else:
+        run = None
 
     # --- the class ----------------------------------------------------------------------------------
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A class that is defined wrongly is told so where it is defined (`SpecError`)."""
+        super().__init_subclass__(**options)
+        if not cls._is_abstract():
+            try:
+                cls.spec()
+            except SpecError as error:
+                if not isinstance(error.__cause__, NameError):
+                    raise
+            except NameError:  # it names what comes later in its module: then at its first use
+                pass
+
+    @classmethod
+    def _is_abstract(cls) -> bool:
+        """Whether it is only a base for others."""
+        return cls.run is None
 
     @classmethod
     def define(cls, spec: Any) -> None:
         """Fill the spec; an override begins with ``super().define(spec)``."""
+
+    @classmethod
+    def migrate(cls, checkpoint: dict[str, Any], from_version: int) -> dict[str, Any]:
+        """Make a checkpoint of an older `version` of the class fit this one.
+
+        `checkpoint` is what `snapshot` gave then: ``inputs``, ``outputs``, ``context``, ``state`` and more, as plain
+        dictionaries. Change it, or return another one.
+        """
+        return checkpoint
 
     @classmethod
     def spec(cls) -> ProcessSpec:
@@ -105,8 +136,44 @@ class Process:
             if cls.run is None:
                 raise SpecError(f"{cls.__qualname__} has no step to begin with; define `async def run(self)`") from None
             cls._refuse_reserved_names()
+            cls._table = read_steps(cls)
+            cls._options = {}
             cls._spec = build(cls)
             return cls._spec
+
+    @classmethod
+    def steps(cls) -> Mapping[str, StepOptions]:
+        """The steps that are marked with ``@step``, by their names."""
+        cls.spec()
+        return cls._table.marked
+
+    @classmethod
+    def queries(cls) -> Mapping[str, Callable[..., Any]]:
+        """The methods that are marked with ``@query``, by their names."""
+        cls.spec()
+        return {name: getattr(cls, method) for name, method in cls._table.queries.items()}
+
+    @classmethod
+    def updates(cls) -> Mapping[str, Callable[..., Any]]:
+        """The methods that are marked with ``@update``, by their names."""
+        cls.spec()
+        return {name: getattr(cls, method) for name, method in cls._table.updates.items()}
+
+    @classmethod
+    def read_arguments(cls, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a query or an update by their names, checked and converted to its annotations.
+
+        Raises `InvalidInputError` for arguments that do not fit and for a name that the class does not have.
+        """
+        cls.spec()
+        method = {**cls._table.queries, **cls._table.updates}.get(name)
+        if method is None:
+            known = ", ".join(sorted({**cls._table.queries, **cls._table.updates})) or "none"
+            raise InvalidInputError(cls.__qualname__, {name: f"there is no such query or update; there are: {known}"})
+        try:
+            return Arguments(getattr(cls, method)).read(args, kwargs)
+        except ValueError as error:
+            raise InvalidInputError(cls.__qualname__, {name: str(error)}) from error
 
     @classmethod
     def _refuse_reserved_names(cls) -> None:
@@ -123,32 +190,38 @@ class Process:
         """The process whose step this code runs in: also in its tasks and threads. None outside of any."""
         return stack.top()
 
-    _spec: ClassVar[ProcessSpec]
-    _reserved: ClassVar[frozenset[str]]
-    """Names that a subclass must not define."""
-    _inputs: Any
+    @staticmethod
+    def current_step() -> str | None:
+        """The name of the step that this code runs in; None outside of any."""
+        return stack.current_step()
+
+    _inputs: Any = None
 
     # --- a new one, and one from a checkpoint -------------------------------------------------------
 
     def __init__(
         self,
-        inputs: Any = None,
+        inputs: InputsT | Mapping[str, Any] | None = None,
         *,
         pid: str | None = None,
         parent: str | None = None,
         tags: Iterable[str] = (),
+        on_exception: OnException | None = None,
+        parent_close: ParentClose = "kill",
     ) -> None:
         """A new process, CREATED. `inputs` is a mapping or an instance of the class's `Inputs`.
 
         Raises `InvalidInputError` that names every wrong input, and `SpecError` if the class is defined wrongly.
         """
-        values = self.spec().read_inputs(inputs)
+        spec = self.spec()
+        values, shown = spec.fill_inputs(inputs)
         self._set_up(pid or new_pid(), parent, tuple(tags), values, time.time())
-        if self._spec.input_class is not None:
-            try:
-                self._inputs = self._spec.show_inputs(values)
-            except Exception as error:  # user code: the __post_init__ of Inputs is a validator
-                raise InvalidInputError(self._spec.name, {"inputs": str(error) or repr(error)}) from error
+        if shown is not None:
+            self._inputs = shown
+        if on_exception is not None:
+            self._on_exception = _one_of("on_exception", on_exception, ("fail", "pause"))
+        if parent_close != "kill":
+            self.parent_close = _one_of("parent_close", parent_close, ("kill", "abandon", "wait"))
 
     def _set_up(
         self, pid: str, parent: str | None, tags: tuple[str, ...], values: dict[str, Any], created_at: float
@@ -158,26 +231,18 @@ class Process:
         self.tags = tags
         self.created_at = created_at
         """Wall clock, seconds since 1970; for showing only."""
-        self.on_change: Callable[[], None] | None = None
-        """Called after `receive` or `resolve` has changed something: a driver wakes up by it."""
         self._values = values
-        self._inputs = None
         self._outputs: dict[str, Any] = {}
-        self._state: State = Created("run")
-        self._play = PlayState.PLAYING
-        self._pause_note: str | None = None
-        self._status: str | None = None
-        self._step_number = 0
-        self._children: tuple[Process, ...] = ()
-        self._attempt: _Attempt | None = None
-        self._attempts = 0
+        self._state: State = _CREATED
+        if self.listeners:
+            self._listening = tuple(self.listeners)
 
     def snapshot(self) -> dict[str, Any]:
         """The process as plain dictionaries and lists, with the user's own values in them.
 
         A snapshot that is taken while a step runs is the one from before that step.
         """
-        return {
+        facts = {
             "class_id": self.class_id,
             "version": self.version,
             "pid": self.pid,
@@ -187,18 +252,46 @@ class Process:
             "inputs": self._values,
             "outputs": self._outputs,
             "state": states.to_data(self._state),
-            "play": "playing" if self._play is PlayState.PLAYING else "paused",
-            "status": self._status,
             "step_number": self._step_number,
         }
+        if self._status is not None:
+            facts["status"] = self._status
+        if self._register is not CALM:
+            facts["control"] = control.register_to_data(self._register)
+        if self._on_exception is not None:
+            facts["on_exception"] = self._on_exception
+        if self.parent_close != "kill":
+            facts["parent_close"] = self.parent_close
+        if self._done:
+            facts["done"] = dict(self._done)
+        if self._awaits_at_end:
+            facts["awaits_at_end"] = list(self._awaits_at_end)
+        return facts
 
     @classmethod
     def restore(cls, snapshot: Mapping[str, Any]) -> Self:
         """The process that `snapshot` describes; it goes on where that one was.
 
-        Raises `SpecError` if the class does not fit any more: a step or an input that it had is gone.
+        Raises `SpecError` if the class does not fit any more: a step or an input that it had is gone, or it is older
+        than the checkpoint. A snapshot of an older version of the class goes through `migrate` first.
         """
         process = cls.__new__(cls)
+        version = snapshot.get("version", 1)
+        if version > cls.version:
+            raise SpecError(
+                f"{cls.__qualname__} is of version {cls.version}, and this checkpoint of version {version}: a newer "
+                "class wrote it"
+            )
+        if version < cls.version:
+            try:
+                snapshot = cls.migrate(dict(snapshot), version)
+            except Exception as error:  # user code
+                raise SpecError(f"{cls.__qualname__}.migrate failed from version {version}: {error!r}") from error
+            if not isinstance(snapshot, Mapping):
+                raise SpecError(
+                    f"{cls.__qualname__}.migrate must return the checkpoint, a dictionary, from version {version}; it "
+                    f"returned {snapshot!r}"
+                )
         try:
             process._load(snapshot)
         except (KeyError, ValueError, TypeError) as error:
@@ -215,17 +308,51 @@ class Process:
             snapshot["created_at"],
         )
         self._outputs = dict(snapshot["outputs"])
-        self._state = states.from_data(snapshot["state"])
-        self._play = PlayState(snapshot["play"])
-        self._status = snapshot["status"]
+        self._state = self._with_current_names(states.from_data(snapshot["state"]))
         self._step_number = snapshot["step_number"]
-        if isinstance(self._state, (Created, Running, Waiting)) and self._state.step is not None:
-            self._method(self._state.step)
+        if (status := snapshot.get("status")) is not None:
+            self._status = status
+        if (wanted := snapshot.get("control")) is not None:
+            self._register = control.register_from_data(wanted)
+        elif snapshot.get("play", "playing") != "playing":  # as Prunus 0.1 wrote it
+            self._register = Register(pause=True)
+        if (on_exception := snapshot.get("on_exception")) is not None:
+            self._on_exception = on_exception
+        if (parent_close := snapshot.get("parent_close")) is not None:
+            self.parent_close = parent_close
+        if (done := snapshot.get("done")) is not None:
+            self._done = dict(done)
+        if (awaited := snapshot.get("awaits_at_end")) is not None:
+            self._awaits_at_end = tuple(awaited)
+        self._play = self._wanted_play()
         if spec.input_class is not None:
             try:
                 self._inputs = spec.show_inputs(self._values)
             except Exception as error:  # user code: the class's Inputs, as it is now
                 raise SpecError(f"{spec.name}.Inputs does not take the inputs of this checkpoint: {error}") from error
+
+    def _with_current_names(self, state: State) -> State:
+        """The state with each step under the name that it has now; raises `SpecError` for one that is gone."""
+
+        def current(name: str) -> str:
+            name = self._table.current_name(name)
+            self._find_step(name)
+            return name
+
+        def still(pending: tuple[Pending, ...]) -> tuple[Pending, ...]:
+            return tuple(item if item.step is None else replace(item, step=current(item.step)) for item in pending)
+
+        match state:
+            case Created():
+                return replace(state, step=current(state.step))
+            case Running():
+                return replace(state, step=current(state.step), pending=still(state.pending))
+            case Waiting():
+                return Waiting(still(state.pending))
+            case Finished() | Excepted() | Killed():
+                return state
+            case _:
+                assert_never(state)
 
     # --- what can be asked --------------------------------------------------------------------------
 
@@ -235,11 +362,11 @@ class Process:
         return loading.class_id(type(self))
 
     @property
-    def inputs(self) -> Any:
+    def inputs(self) -> InputsT:
         """The inputs, by attribute: an instance of the class's `Inputs` if it has one; never changed."""
         if self._inputs is None:
             self._inputs = self._spec.show_inputs(self._values)
-        return self._inputs
+        return self._inputs  # type: ignore[no-any-return]
 
     @property
     def outputs(self) -> Mapping[str, Any]:
@@ -250,72 +377,34 @@ class Process:
         )
 
     @property
-    def state(self) -> ProcessState:
-        return self._state.kind
+    def exit_codes(self) -> ExitCodes:
+        """The exit codes of the class, by their labels: ``return self.exit_codes.ERROR_NO_ENERGY``."""
+        return self._spec.exit_codes
 
-    @property
-    def play_state(self) -> PlayState:
-        return self._play
-
-    @property
-    def paused(self) -> bool:
-        return self._play is PlayState.PAUSED
-
-    @property
-    def status(self) -> str | None:
-        """A line for people: what the process says of itself, or else what it waits for."""
-        if self._status is None and isinstance(self._state, Waiting):
-            return self._state.message
-        return self._status
-
-    @property
-    def next_step(self) -> str | None:
-        """The name of the step that is next or runs; None if there is none."""
-        return self._state.step if isinstance(self._state, (Created, Running, Waiting)) else None
-
-    @property
-    def idempotency_key(self) -> str:
-        """The same for each attempt at this step, and another one for each other step (G5)."""
-        return f"{self.pid}:{self._step_number}"
-
-    @property
-    def waiting_for(self) -> tuple[str, ...]:
-        """The pids that it waits for."""
-        return self._state.children if isinstance(self._state, Waiting) else ()
-
-    @property
-    def suspended(self) -> bool:
-        """Whether it waits for a `Resume`."""
-        return isinstance(self._state, Waiting) and self._state.suspended
-
-    @property
-    def can_step(self) -> bool:
-        """Whether `step` may be called."""
-        return (
-            self._attempt is None
-            and self._play is PlayState.PLAYING
-            and self._state.kind in (ProcessState.RUNNING, ProcessState.CREATED)
-        )
-
-    def has_terminated(self) -> bool:
-        return self._state.kind in states.TERMINAL
-
-    def result(self) -> ProcessResult:
+    def result(self) -> ProcessResult[OutputsT]:
         """How it ended; `InvalidStateError` if it has not."""
         state = self._state
+        outputs: Any = self._outputs
         match state:
             case Finished(value, status, message):
-                return ProcessResult(self.pid, state.kind, self._outputs, status, message, value=value)
+                return ProcessResult(self.pid, state.kind, outputs, status, message, value=value)
             case Excepted(failure):
-                return ProcessResult(self.pid, state.kind, self._outputs, failure=failure)
+                return ProcessResult(self.pid, state.kind, outputs, failure=failure)
             case Killed(message):
-                return ProcessResult(self.pid, state.kind, self._outputs, exit_message=message)
+                return ProcessResult(self.pid, state.kind, outputs, exit_message=message)
             case Created() | Running() | Waiting():
                 raise InvalidStateError(state.kind.value, "terminated")
             case _:
                 assert_never(state)
 
-    async def execute(self) -> ProcessResult:
+    def query(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Ask one of its queries. Raises `InvalidInputError` for what it does not take, and what the query raises."""
+        arguments = self.read_arguments(name, args, kwargs)
+        if name not in self._table.queries:
+            raise InvalidInputError(type(self).__qualname__, {name: "it is an update, which changes the process"})
+        return getattr(self, self._table.queries[name])(**arguments)
+
+    async def execute(self) -> ProcessResult[OutputsT]:
         """Run it here to its end, its children too; see `prunus.execute`."""
         from prunus.processes.execute import execute
 
@@ -336,383 +425,248 @@ class Process:
             inner = outputs[segment] = dict(outputs.get(segment, {}))
             outputs = inner
         outputs[last] = value
+        if self._listening:
+            self._tell_listeners("on_output", name, value)
+
+    def out_many(self, values: Mapping[str, Any]) -> None:
+        """Emit several outputs."""
+        for name, value in values.items():
+            self.out(name, value)
 
     def set_status(self, text: str | None) -> None:
-        """Say in a line what goes on, for people."""
+        """Say in a line what goes on, for people. It survives pauses and restarts."""
         if not self._is_stale():
             self._status = text
 
+    def report(self, text: str) -> None:
+        """Write a line into the log of the process (``prunus logs PID``), from any step, task or thread of it."""
+        self.write_line("REPORT", text)
+
+    @property
+    def logger(self) -> logging.LoggerAdapter[logging.Logger]:
+        """A logger whose lines go into the log of the process too."""
+        return _ProcessLogger(self)
+
+    def heartbeat(self, progress: float | None = None, detail: str | None = None) -> None:
+        """Say that this step is alive, and how far it is (from 0 to 1). From any thread; cheap enough for a loop."""
+        attempt = self._mine()
+        if attempt is None or self._is_stale():
+            return
+        attempt.beat()
+        if (progress, detail) == (None, None) or (progress, detail) == (self.progress, self.detail):
+            return
+        self.progress, self.detail = progress, detail
+        if self._listening:
+            self._tell_listeners("on_progress", progress, detail)
+        if self.driver is not None:
+            attempt.ask_loop(self.driver.said)
+
     def submit(
-        self, process_class: type[Process], inputs: Any = None, *, pid: str | None = None, tags: Iterable[str] = ()
+        self,
+        process_class: type[Process[ChildInputsT, Any]],
+        inputs: ChildInputsT | Mapping[str, Any] | None = None,
+        *,
+        pid: str | None = None,
+        tags: Iterable[str] = (),
+        parent_close: ParentClose = "kill",
+        on_exception: OnException | None = None,
     ) -> Child:
         """Make a child process. It starts when this step has ended, and goes on by itself.
 
-        Its inputs are checked here and now (`InvalidInputError`). The handle can be waited for.
+        `parent_close` says what becomes of it when this process ends: ``"kill"``: it is killed when this one is
+        killed; ``"abandon"``: nothing; ``"wait"``: this one does not finish before it has ended. Its inputs are
+        checked here and now (`InvalidInputError`). The handle can be waited for.
         """
-        child = process_class(inputs, pid=pid, parent=self.pid, tags=tags)
+        if not (isinstance(process_class, type) and issubclass(process_class, Process)):
+            raise TypeError(f"a child is made of a Process class and its inputs, not of {process_class!r}")
+        child = process_class(
+            inputs, pid=pid, parent=self.pid, tags=tags, parent_close=parent_close, on_exception=on_exception
+        )
         attempt = self._mine()
         if attempt is None:
             raise InvalidStateError(self.state.value, "in a step, to submit a child")
         attempt.children.append(child)
         return Child(child.pid, child.class_id)
 
+    def map(
+        self,
+        process_class: type[Process[ChildInputsT, Any]],
+        items: range
+        | Sequence[ChildInputsT | Mapping[str, Any]]
+        | Callable[[int], ChildInputsT]
+        | Callable[[int], Mapping[str, Any]],
+        *,
+        count: int | None = None,
+        max_in_flight: int = DEFAULT_IN_FLIGHT,
+        on_error: Literal["collect", "fail"] = "collect",
+        then: commands.StepRef | None = None,
+        name: str | None = None,
+        msg: str | None = None,
+    ) -> Wait:
+        """A wait for one child of `process_class` for each of `items`, at most `max_in_flight` at a time.
+
+        `items` are the inputs of the children: a list, a ``range`` of an integer input of the only port, or a method of
+        this class that is given a number from 0 to `count` - 1 and returns the inputs of that child; so a million of
+        them need no memory. `then` gets the `MapResults`, in the order of the items (as the keyword argument `name`, if
+        that is given; in a work chain ``ctx.<name>`` has it). A child that does not finish with
+        exit status 0 is a result like the others, or, with ``on_error="fail"``, the end of this process.
+        """
+        _one_of("on_error", on_error, ("collect", "fail"))
+        if max_in_flight < 1:
+            raise ValueError(f"map(max_in_flight={max_in_flight}): at least one child must run at a time")
+        source, number = self._read_source(items, count)
+        if source[0] == "range" and not process_class.spec().inputs.ports:
+            raise TypeError(f"map over a range: {process_class.__qualname__} has no input to give its numbers to")
+        attempt = self._mine()
+        if attempt is None:
+            raise InvalidStateError(self.state.value, "in a step, to map over items")
+        prefix = f"{self.pid}.{self._step_number}" + (f"-{attempt.maps}" if attempt.maps else "")
+        attempt.maps += 1
+        self._mapped = {**self._mapped, loading.class_id(process_class): process_class}
+        fan = FanOut(loading.class_id(process_class), prefix, source, number, max_in_flight, on_error)
+        return Wait(then=then, on=OnMap(fan, name), msg=msg or f"maps {process_class.__name__} over {number} items")
+
+    def as_completed(self, children: Iterable[Waitable], step: commands.StepRef) -> list[Wait]:
+        """Waits for each of `children`: `step` is run with the result of each, one after the other, as they end."""
+        return [Wait(child, then=step) for child in children]
+
+    def call(
+        self,
+        process_class: type[Process[ChildInputsT, ChildOutputsT]],
+        inputs: ChildInputsT | Mapping[str, Any] | None = None,
+        *,
+        tags: Iterable[str] = (),
+    ) -> Call[ChildOutputsT]:
+        """Run a process here, within this step, and wait for it: ``result = await self.call(Child, inputs)``.
+
+        In a plain ``def`` step write ``self.call(Child, inputs).result()``. It is for short work: nothing of it is
+        stored, and it runs again if this step does. It is killed if this step is. Raises as `execute` does.
+        """
+        if self._mine() is None:
+            raise InvalidStateError(self.state.value, "in a step, to call a process")
+        return Call(self, process_class(inputs, parent=self.pid, tags=tags))
+
+    @overload
+    async def do(
+        self, name: str, function: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+    @overload
+    async def do(self, name: str, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+    async def do(self, name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function once: its value is kept under `name`, durably, until this step ends.
+
+        When the step runs again (after a crash, or because it failed and is tried again) the value is taken from
+        there. A plain function runs in a worker thread. The same name in the same step is the same value.
+        """
+        attempt = self._mine()
+        if attempt is None:
+            raise InvalidStateError(self.state.value, "in a step, to do something once")
+        attempt.doing = defaultdict(asyncio.Lock) if attempt.doing is None else attempt.doing
+        async with attempt.doing[name]:
+            if name in self._done:
+                return self._done[name]
+            value = await attempt.call(function, *args, **kwargs)
+            if self._is_stale():
+                raise asyncio.CancelledError
+            self._done = {**self._done, name: value}
+            try:
+                if self.driver is not None:
+                    await self.driver.keep()
+            except UnsavableValueError:
+                self._done = {each: kept for each, kept in self._done.items() if each != name}
+                raise
+        return value
+
     def exposed_inputs(self, process_class: type[Process], namespace: str | None = None) -> dict[str, Any]:
         """Those of the inputs that `expose_inputs` took over from `process_class`: ready for `submit`."""
-        values: Any = self._values
-        for segment in namespace.split(".") if namespace else ():
-            values = values.get(segment, {})
-        return {name: values[name] for name in process_class.spec().inputs.ports if name in values}
+        return self._spec.pick_exposed_inputs(process_class, self._values, namespace)
 
-    # --- hooks: a subclass may override them; what they raise is logged ---------------------------------
-
-    def on_paused(self) -> None:
-        """It is PAUSED now."""
-
-    def on_playing(self) -> None:
-        """It is PLAYING again."""
-
-    def on_terminated(self) -> None:
-        """It is FINISHED, EXCEPTED or KILLED now."""
+    def exposed_outputs(
+        self, child: ProcessResult, process_class: type[Process], namespace: str | None = None
+    ) -> dict[str, Any]:
+        """Those of a child's outputs that `expose_outputs` took over from its class: ready for `out_many`."""
+        return self._spec.pick_exposed_outputs(process_class, child.outputs, namespace)
 
     # --- for drivers --------------------------------------------------------------------------------
 
-    async def step(self) -> tuple[Transition, ...]:
-        """Take one step: run user code, and go to the next state. Returns what has changed.
+    def send(self, name: str, value: Any = None) -> None:
+        """Send it a message, if it runs here (see `prunus.execute`); it may come before anybody waits for it.
 
-        Raises `InvalidStateError` if it is paused, waiting, terminal or in a step. If the caller is cancelled, the
-        step is cancelled, `CancelledError` goes on, and the process is as it was before the step.
+        Raises `InvalidInputError` for one that the class does not declare or a value that does not fit.
         """
-        state = self._state
-        if not self.can_step:
-            raise InvalidStateError(
-                self._play.value if isinstance(state, (Created, Running)) else state.kind.value,
-                "playing and ready for its next step",
-            )
-        if isinstance(state, Created):
-            return self._enter(Event.START, Running(state.step, state.args, state.kwargs), None)
-        assert isinstance(state, Running)
-        name = self.next_step
-        self._attempts += 1
-        attempt = self._attempt = self._new_attempt(self._attempts)
-        try:
-            outcome = await self._run_attempt(attempt, state)
-        except asyncio.CancelledError:
-            self._attempt = None
-            if self._play is PlayState.PAUSING:
-                self._turn(PlayEvent.SETTLE, PlayState.PAUSED, self._pause_note)
-            raise
-        self._attempt = None
-        if attempt.kill is not None:
-            return self._enter(Event.KILL, Killed(attempt.kill.message), name, attempt.kill.message)
-        return self._follow(attempt, outcome, name)
+        value = self._spec.read_message(name, value)
+        if self.driver is None:
+            raise InvalidStateError(self.state.value, "running here, to get a message; use `ProcessHandle.send`")
+        self.driver.deliver(name, value)
 
-    def receive(self, message: control.Message) -> tuple[Transition, ...]:
-        """Take a message. One that does not fit (resume of a process that does not wait) changes nothing.
+    def fork(self, pid: str | None, changed_context: Mapping[str, Any]) -> Self:
+        """A new process that goes on from here, with a changed context; nothing is wanted of it yet."""
+        snapshot = {**self.snapshot(), "pid": pid or new_pid(), "created_at": time.time(), "parent": None}
+        for name in ("control", "done", "status", "awaits_at_end"):
+            snapshot.pop(name, None)
+        forked = self.restore(snapshot)
+        if isinstance(forked._state, Running):  # a step of its own, which has not begun yet
+            forked._state = replace(forked._state, effect="")
+        if changed_context:
+            forked._edit_context(changed_context)
+        return forked
 
-        A kill of a step that runs takes effect in `step`.
-        """
-        changes: tuple[Transition, ...] = ()
-        match message:
-            case control.Pause():
-                if self._play is PlayState.PLAYING and not self.has_terminated():
-                    self._pause_note = message.reason
-                    target = PlayState.PAUSED if self._attempt is None else PlayState.PAUSING
-                    changes = self._turn(PlayEvent.PAUSE, target, message.reason)
-            case control.Play():
-                if self._play is not PlayState.PLAYING:
-                    changes = self._turn(PlayEvent.PLAY, PlayState.PLAYING)
-            case control.Kill():
-                if self._attempt is not None:
-                    self._kill_attempt(self._attempt, message)
-                    return ()
-                if not self.has_terminated():
-                    changes = self._enter(Event.KILL, Killed(message.message), None, message.message)
-            case control.Resume():
-                if self.suspended:
-                    changes = self._go_on((message.value,) if message.has_value else ())
-            case _:
-                assert_never(message)
-        if changes:
-            self._changed()
-        else:
-            _log.debug("a message does not fit the state of the process and is ignored", extra={"pid": self.pid})
-        return changes
 
-    def resolve(self, results: Mapping[str, ProcessResult]) -> tuple[Transition, ...]:
-        """End its wait for children, if there is a result for each of them."""
-        if not self.waiting_for or any(pid not in results for pid in self.waiting_for):
-            return ()
-        self._collect(results)
-        changes = self._go_on(([results[pid] for pid in self.waiting_for],))
-        self._changed()
-        return changes
+class Call(Generic[ChildOutputsT]):
+    """A process that is called within a step: ``await`` it, or, in a plain ``def`` step, ask for its `result`."""
 
-    def fail(self, failure: Failure) -> tuple[Transition, ...]:
-        """End it as EXCEPTED, for a reason outside of its steps; not while a step runs."""
-        if self._attempt is not None:
-            raise InvalidStateError(self.state.value, "between two steps")
-        changes = self._enter(Event.FAIL, Excepted(failure), None, str(failure))
-        self._changed()
-        return changes
+    def __init__(self, caller: Process, process: Process[Any, ChildOutputsT]) -> None:
+        self._caller = caller
+        self._process = process
 
-    def take_children(self) -> tuple[Process, ...]:
-        """The children that were submitted in the last step; once."""
-        children, self._children = self._children, ()
-        return children
+    def __await__(self) -> Generator[Any, None, ProcessResult[ChildOutputsT]]:
+        return self._run().__await__()
 
-    # --- one attempt at one step ------------------------------------------------------------------------
+    def result(self) -> ProcessResult[ChildOutputsT]:
+        """Wait for its end, in a thread. Raises as `prunus.execute` does."""
+        return self._caller._from_thread(self._run())
 
-    def _new_attempt(self, number: int) -> _Attempt:
-        return _Attempt(number, dict(self._outputs))
+    async def _run(self) -> ProcessResult[ChildOutputsT]:
+        from prunus.processes.execute import execute
 
-    def _commit(self, attempt: _Attempt) -> None:
-        """Make what the step has written the state of the process."""
-        self._outputs = attempt.outputs
-        self._children = tuple(attempt.children)
+        return await execute(self._process, caller=self._caller)
 
-    async def _run_attempt(self, attempt: _Attempt, state: Running) -> _Outcome:
-        loop = asyncio.get_running_loop()
-        attempt.done = loop.create_future()
-        attempt.task = loop.create_task(self._user_code(attempt, state))
-        try:
-            return await attempt.done
-        except asyncio.CancelledError:
-            # Our caller is cancelled. The next attempt must not meet this one, so the step is given time to end.
-            if attempt.kill is None:
-                attempt.task.cancel()
-            await asyncio.wait((attempt.task,), timeout=CANCEL_GRACE_S)
-            raise
-        finally:
-            if attempt.timer is not None:
-                attempt.timer.cancel()
-            if attempt.started and not attempt.ended:
-                _abandon(attempt.task, self.pid)
 
-    async def _user_code(self, attempt: _Attempt, state: Running) -> None:
-        """The body of the task of a step: the one place where steps are called."""
-        attempt.started = True
-        token = stack.push(self, attempt.number)
-        value, error = None, None
-        try:
-            value = await self._call(self._method(state.step), *state.args, **state.kwargs)
-        except (KeyboardInterrupt, GeneratorExit):
-            raise
-        except BaseException as raised:  # the user's step: also SystemExit is no more than the end of this process
-            error = raised
-        finally:
-            stack.pop(token)
-        attempt.ended = True
-        if attempt.done is not None and not attempt.done.done():
-            attempt.done.set_result((value, error))
+class _ProcessLogger(logging.LoggerAdapter[logging.Logger]):
+    """A logger of the process's module, whose lines go into the log of the process too."""
 
-    async def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call a step of the user's, in a thread if it is a plain function."""
-        code = getattr(function, "__code__", None)
-        if code is not None and code.co_flags & inspect.CO_COROUTINE:
-            return await function(*args, **kwargs)
-        if self.run_sync_steps_in == "loop":
-            value = function(*args, **kwargs)
-            return await value if inspect.isawaitable(value) else value
-        context = contextvars.copy_context()
+    def __init__(self, process: Process) -> None:
+        super().__init__(logging.getLogger(type(process).__module__), {"pid": process.pid})
+        self._process = process
 
-        def in_thread() -> tuple[Any, BaseException | None]:
-            # Returned rather than raised: a future can't carry StopIteration, and SystemExit would end the thread.
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        super().log(level, msg, *args, **kwargs)
+        if level >= logging.INFO:
             try:
-                return context.run(function, *args, **kwargs), None
-            except BaseException as error:  # the user's step
-                return None, error
+                text = logging.LogRecord("", level, "", 0, msg, args, None).getMessage()
+            except Exception:  # a wrong format of the user's: as with `logging`, it breaks nothing
+                text = f"{msg} {args}"
+            self._process.write_line(logging.getLevelName(level), text)
 
-        try:
-            value, error = await asyncio.get_running_loop().run_in_executor(None, in_thread)
-        except asyncio.CancelledError:
-            _log.warning(
-                "a plain step can't be interrupted: it goes on in its thread, and what it returns is dropped",
-                extra={"pid": self.pid, "step": getattr(function, "__name__", None)},
-            )
-            raise
-        if error is not None:
-            raise error
-        return await value if inspect.isawaitable(value) else value
 
-    def _kill_attempt(self, attempt: _Attempt, message: control.Kill) -> None:
-        assert attempt.task is not None
-        assert attempt.done is not None
-        first, attempt.kill = attempt.kill is None, attempt.kill or message
-        if first:
-            attempt.task.cancel()
-        grace_s = 0.0 if message.force or not attempt.started else message.grace_s
-        if attempt.timer is not None:
-            attempt.timer.cancel()
-        if grace_s <= 0:
-            _give_up(attempt.done)
-        else:
-            attempt.timer = asyncio.get_running_loop().call_later(grace_s, _give_up, attempt.done)
-
-    def _mine(self) -> _Attempt | None:
-        """The working copy that the calling code writes to; None between steps."""
-        if self._is_stale():
-            _log.debug("what a step that was abandoned still writes has no effect", extra={"pid": self.pid})
-            return self._new_attempt(0)
-        return self._attempt
-
-    def _is_stale(self) -> bool:
-        number = stack.attempt_of(self)
-        return number is not None and (self._attempt is None or self._attempt.number != number)
-
-    def _method(self, name: str) -> Callable[..., Any]:
-        method = getattr(self, name, None)
-        if not callable(method):
-            raise SpecError(
-                f"{type(self).__qualname__} has no step {name!r}; was it renamed? Keep the old name as well until no "
-                "process needs it"
-            )
-        return method  # type: ignore[no-any-return]
-
-    # --- from one state to the next ---------------------------------------------------------------------
-
-    def _follow(self, attempt: _Attempt, outcome: _Outcome, name: str | None) -> tuple[Transition, ...]:
-        """Go where the step's outcome leads."""
-        value, error = outcome
-        if error is None:
-            try:
-                command = self._command(attempt, value)
-                if isinstance(command, Wait) and command.on == ():
-                    command = Continue(command.callback or "_end", [])
-                if isinstance(command, Continue):
-                    self._method(command.step)
-                elif isinstance(command, Wait) and command.callback is not None:
-                    self._method(command.callback)
-                elif isinstance(command, Stop) and command.exit_status == 0:
-                    attempt.outputs = self._spec.read_outputs(attempt.outputs)
-            except Exception as raised:  # the step's value may be anything; its fault is the step's fault
-                error = raised
-        if error is not None:
-            attempt.children.clear()
-            self._commit(attempt)
-            failure = Failure.of(error)
-            return self._enter(Event.FAIL, Excepted(failure), name, str(failure))
-        self._commit(attempt)
-        match command:
-            case Continue():
-                return self._enter(Event.CONTINUE, Running(command.step, command.args, command.kwargs), name)
-            case Wait():
-                waiting = Waiting(command.callback, command.msg, command.data, command.on or ())
-                return self._enter(Event.WAIT, waiting, name, command.msg)
-            case Stop():
-                finished = Finished(command.result, command.exit_status, command.exit_message)
-                return self._enter(Event.STOP, finished, name, command.exit_message)
-            case commands.Kill():
-                return self._enter(Event.KILL, Killed(command.message), name, command.message)
-            case _:
-                assert_never(command)
-
-    def _command(self, attempt: _Attempt, value: Any) -> Command:
-        """What the value of a step means; may raise what the step is then to blame for."""
-        if isinstance(value, (Continue, Wait, Stop, commands.Kill)):
-            return value
-        if self._spec.output_class is not None and isinstance(value, self._spec.output_class):
-            for name, item in fields_of(value).items():
-                attempt.outputs[name] = self._spec.read_output(name, item)
-            return Stop()
-        return Stop(value)
-
-    def _go_on(self, args: tuple[Any, ...]) -> tuple[Transition, ...]:
-        assert isinstance(self._state, Waiting)
-        return self._enter(Event.RESUME, Running(self._state.step or "_end", args), None)
-
-    def _collect(self, results: Mapping[str, ProcessResult]) -> None:
-        """The results of those that it waited for are here."""
-
-    async def _end(self, *_: Any) -> None:
-        """The step after a wait without a callback."""
-
-    def _enter(self, event: Event, target: Any, step: str | None, note: str | None = None) -> tuple[Transition, ...]:
-        """The one place where the state changes."""
-        source = self._state
-        self._state = enter(source, event, target)
-        if isinstance(target, Running):
-            self._step_number += 1
-        change = Transition("state", source.kind.value, target.kind.value, step, note)
-        if target.kind in states.TERMINAL:
-            self._hook(self.on_terminated)
-            if self._play is not PlayState.PLAYING:
-                return (change, *self._turn(PlayEvent.END, PlayState.PLAYING))
-        elif self._play is PlayState.PAUSING:
-            return (change, *self._turn(PlayEvent.SETTLE, PlayState.PAUSED, self._pause_note))
-        return (change,)
-
-    def _turn(self, event: PlayEvent, target: PlayState, note: str | None = None) -> tuple[Transition, ...]:
-        """The one place where the play state changes."""
-        source = self._play
-        self._play = turn(source, event, target)
-        if target is PlayState.PAUSED:
-            self._hook(self.on_paused)
-        elif target is PlayState.PLAYING and source is PlayState.PAUSED and event is PlayEvent.PLAY:
-            self._hook(self.on_playing)
-        return (Transition("play", source.value, target.value, None, note),)
-
-    def _hook(self, hook: Callable[[], None]) -> None:
-        try:
-            hook()
-        except Exception:  # a listener of the user's: the process goes on without it
-            _log.exception("a hook of the process failed; the process goes on", extra={"pid": self.pid})
-
-    def _changed(self) -> None:
-        if self.on_change is not None:
-            self.on_change()
-
+_CREATED = Created("run")
 
 OVERRIDABLE = frozenset(
-    {"define", "on_paused", "on_playing", "on_terminated", "restore", "run", "run_sync_steps_in", "snapshot"}
-    | {"spec_class", "version", "_spec"}
+    {"define", "listeners", "migrate", "on_exception", "on_paused", "on_playing", "on_terminated", "restore", "run"}
+    | {"run_sync_steps_in", "snapshot", "spec_class", "version", "_spec", "_table", "_options"}
 )
 """What a subclass may define anew."""
 
 
-def names_of(base: type[Process]) -> frozenset[str]:
+def names_of(base: type[Machine]) -> frozenset[str]:
     """What `base` defines for itself, and no subclass may."""
     return frozenset(name for name in vars(base) if not name.startswith("__")) - OVERRIDABLE
 
 
-Process._reserved = names_of(Process)
-
-_Outcome = tuple[Any, BaseException | None]
-"""What a step has returned, or what it has raised."""
+Process._reserved = Machine._reserved = names_of(Machine) | names_of(Process)
 
 
-class _Attempt:
-    """One attempt at a step: its task, and the working copy of what it may write."""
-
-    __slots__ = ("children", "done", "ended", "kill", "memo", "number", "outputs", "started", "task", "timer")
-
-    def __init__(self, number: int, outputs: dict[str, Any]) -> None:
-        self.number = number
-        self.outputs = outputs
-        self.children: list[Process] = []
-        self.memo: Any = None
-        """What a subclass of `Process` keeps in a working copy."""
-        self.task: asyncio.Task[None] | None = None
-        self.done: asyncio.Future[_Outcome] | None = None
-        self.kill: control.Kill | None = None
-        self.timer: asyncio.TimerHandle | None = None
-        self.started = False
-        """A task that is cancelled before it begins runs nothing of its coroutine."""
-        self.ended = False
-
-
-def _give_up(done: asyncio.Future[_Outcome]) -> None:
-    if not done.done():
-        done.set_result((None, None))
-
-
-_abandoned: set[asyncio.Task[None]] = set()
-"""Steps that do not end though they were cancelled. The loop holds its tasks weakly, so somebody must hold them."""
-
-
-def _abandon(task: asyncio.Task[None], pid: str) -> None:
-    _log.warning(
-        "a step did not end when it was cancelled; it is abandoned, and what it does from now on has no effect",
-        extra={"pid": pid},
-    )
-    _abandoned.add(task)
-    task.add_done_callback(_abandoned.discard)
+def _one_of(what: str, value: T, choices: Sequence[T]) -> T:
+    if value not in choices:
+        raise ValueError(f"{what} is one of {', '.join(map(repr, choices))}, not {value!r}")
+    return value

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, NamedTuple
 
 import msgspec
 
 from prunus.errors import Failure, ProcessExceptedError, ProcessKilledError
+from prunus.processes.generics import OutputsT
 from prunus.processes.namespaces import FrozenNamespace, freeze, thaw
 from prunus.processes.states import ProcessState
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessResult:
+class ProcessResult(msgspec.Struct, Generic[OutputsT], frozen=True):
     """The end of a process, as its parent, its launcher and its history see it.
 
     `outputs` may be read by attribute and by item, nested namespaces too. What is missing there raises an error that
@@ -23,8 +22,8 @@ class ProcessResult:
 
     pid: str
     state: ProcessState
-    outputs: Any = None
-    """A `FrozenNamespace`; any mapping becomes one."""
+    outputs: OutputsT = None  # type: ignore[assignment]
+    """A `FrozenNamespace` (any mapping becomes one), with the attributes that the type of the outputs has."""
     exit_status: int | None = None
     """0 is a success; None if the process did not finish."""
     exit_message: str | None = None
@@ -34,15 +33,17 @@ class ProcessResult:
     """What the last step returned, or the `result` of its `Stop`."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.outputs, FrozenNamespace):
-            object.__setattr__(self, "outputs", freeze(self.outputs or {}, f"{self} and"))
+        if type(self.outputs) is not FrozenNamespace:
+            outputs: Any = self.outputs or {}
+            about = _About(self.pid, self.state, self.exit_status, self.exit_message, self.failure)
+            msgspec.structs.force_setattr(self, "outputs", freeze(outputs, about))
 
     @property
     def successful(self) -> bool:
         """Whether it finished with exit status 0."""
         return self.state is ProcessState.FINISHED and self.exit_status == 0
 
-    def raise_for_state(self) -> ProcessResult:
+    def raise_for_state(self) -> ProcessResult[OutputsT]:
         """Itself if the process finished; raises `ProcessExceptedError` or `ProcessKilledError` otherwise."""
         if self.state is ProcessState.KILLED:
             raise ProcessKilledError(self.pid, self.exit_message)
@@ -52,10 +53,11 @@ class ProcessResult:
 
     def to_data(self) -> dict[str, Any]:
         """Plain dictionaries, texts and numbers, and the user's own values in `outputs` and `value`."""
+        outputs: Any = self.outputs
         return {
             "pid": self.pid,
             "state": self.state.value,
-            "outputs": thaw(self.outputs),
+            "outputs": thaw(outputs),
             "exit_status": self.exit_status,
             "exit_message": self.exit_message,
             "failure": None if self.failure is None else msgspec.to_builtins(self.failure),
@@ -77,6 +79,25 @@ class ProcessResult:
         )
 
     def __str__(self) -> str:
-        why = f" ({self.failure})" if self.failure else f" ({self.exit_message})" if self.exit_message else ""
-        status = f" with exit status {self.exit_status}" if self.exit_status else ""
-        return f"process {self.pid} is {self.state.value.upper()}{status}{why}"
+        return _told(self.pid, self.state, self.exit_status, self.exit_message, self.failure)
+
+
+class _About(NamedTuple):
+    """How the error for an output that is missing begins; most results are never asked for one."""
+
+    pid: str
+    state: ProcessState
+    exit_status: int | None
+    exit_message: str | None
+    failure: Failure | None
+
+    def __str__(self) -> str:
+        return f"{_told(*self)} and"
+
+
+def _told(
+    pid: str, state: ProcessState, exit_status: int | None, exit_message: str | None, failure: Failure | None
+) -> str:
+    why = f" ({failure})" if failure else f" ({exit_message})" if exit_message else ""
+    status = f" with exit status {exit_status}" if exit_status else ""
+    return f"process {pid} is {state.value.upper()}{status}{why}"

@@ -1,4 +1,4 @@
-"""The process stack: which process the code that asks is running in.
+"""The process stack: which process, and which step of it, the code that asks is running in.
 
 The stack is an immutable tuple in a context variable, so it is right in coroutines, in tasks that a step starts, in
 the worker threads of plain steps, and when one process executes another one inside a step. A frame holds its process
@@ -8,21 +8,19 @@ the number of the attempt, by which a process knows the doings of a step that it
 
 from __future__ import annotations
 
+import contextvars
 import weakref
-from contextvars import Token
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from contextvars_extras.context_var_ext import ContextVarExt
 
 if TYPE_CHECKING:
+    from prunus.processes.machine import Machine
     from prunus.processes.process import Process
 
 
-class Frame(NamedTuple):
-    """One attempt at one step of one process."""
-
-    process: weakref.ref[Process]
-    attempt: int
+Frame = tuple["weakref.ref[Machine]", int, "str | None"]
+"""One attempt at one step of one process: the process, the number of the attempt, the name of the step."""
 
 
 Stack = tuple[Frame, ...]
@@ -30,13 +28,14 @@ Stack = tuple[Frame, ...]
 _stack: ContextVarExt[Stack] = ContextVarExt("prunus.process_stack", default=())
 
 
-def push(process: Process, attempt: int) -> Token[Stack]:
+def push(process: Machine, attempt: int, step: str | None = None) -> contextvars.Token[Stack]:
     """Enter a step; give the token back to `pop` in the same context."""
-    token: Token[Stack] = _stack.set((*_stack.get(), Frame(weakref.ref(process), attempt)))
+    frames: Stack = _stack.get_raw()
+    token: contextvars.Token[Stack] = _stack.set((*frames, (weakref.ref(process), attempt, step)))
     return token
 
 
-def pop(token: Token[Stack]) -> None:
+def pop(token: contextvars.Token[Stack]) -> None:
     """Leave the step that `push` entered."""
     _stack.reset(token)
 
@@ -44,17 +43,36 @@ def pop(token: Token[Stack]) -> None:
 def top() -> Process | None:
     """The innermost process that is still alive."""
     frames: Stack = _stack.get()
-    for frame in reversed(frames):
-        process = frame.process()
+    for reference, _, _ in reversed(frames):
+        process: Any = reference()
         if process is not None:
-            return process
+            return process  # type: ignore[no-any-return]
     return None
 
 
-def attempt_of(process: Process) -> int | None:
+def current_step() -> str | None:
+    """The name of the step of `top`."""
+    frames: Stack = _stack.get()
+    return next((step for reference, _, step in reversed(frames) if reference() is not None), None)
+
+
+def attempt_of(process: Machine) -> int | None:
     """The attempt of `process` that this code belongs to; None outside of its steps."""
     frames: Stack = _stack.get_raw()
-    for frame in reversed(frames):
-        if frame.process() is process:
-            return frame.attempt
+    for reference, attempt, _ in reversed(frames):
+        if reference() is process:
+            return attempt
     return None
+
+
+def depth() -> int:
+    """How many steps are inside one another here."""
+    frames: Stack = _stack.get_raw()
+    return len(frames)
+
+
+def clean_context() -> contextvars.Context:
+    """A copy of this context without the stack: for tasks that outlive the step that starts them."""
+    context = contextvars.copy_context()
+    context.run(_stack.set, ())
+    return context

@@ -8,7 +8,7 @@ have raises `InvalidTransitionError`, and nothing is changed.
 
     CREATED --start--> RUNNING --wait--> WAITING --resume--> RUNNING
                        RUNNING --continue--> RUNNING
-                       RUNNING --stop--> FINISHED (or EXCEPTED, when a required output is missing)
+                       RUNNING --stop--> FINISHED
     anything that lives --kill--> KILLED, --fail--> EXCEPTED
 
     PLAYING --pause--> PAUSED (between two steps), or PAUSING (while a step runs) --settle--> PAUSED
@@ -23,11 +23,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Final, TypeVar, assert_never
+from typing import Any, ClassVar, Final, Literal, TypeVar, assert_never
 
 import msgspec
 
 from prunus.errors import Failure, InvalidTransitionError
+from prunus.processes import waits
+from prunus.processes.waits import AllOf, Condition, OnChild
 
 
 class ProcessState(StrEnum):
@@ -82,7 +84,7 @@ STATE_TABLE: Final[Mapping[tuple[ProcessState, Event], frozenset[ProcessState]]]
     (ProcessState.CREATED, Event.FAIL): frozenset({ProcessState.EXCEPTED}),
     (ProcessState.RUNNING, Event.CONTINUE): frozenset({ProcessState.RUNNING}),
     (ProcessState.RUNNING, Event.WAIT): frozenset({ProcessState.WAITING}),
-    (ProcessState.RUNNING, Event.STOP): frozenset({ProcessState.FINISHED, ProcessState.EXCEPTED}),
+    (ProcessState.RUNNING, Event.STOP): frozenset({ProcessState.FINISHED}),
     (ProcessState.RUNNING, Event.KILL): frozenset({ProcessState.KILLED}),
     (ProcessState.RUNNING, Event.FAIL): frozenset({ProcessState.EXCEPTED}),
     (ProcessState.WAITING, Event.RESUME): frozenset({ProcessState.RUNNING}),
@@ -103,6 +105,29 @@ PLAY_TABLE: Final[Mapping[tuple[PlayState, PlayEvent], frozenset[PlayState]]] = 
 # --- the data of each state -------------------------------------------------------------------------
 
 
+Effect = Literal["", "begun", "unknown"]
+"""What is known of a step whose effect is to take place once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Something that is waited for, and the step that comes when it is there."""
+
+    on: Condition | None
+    """None: *suspended*, until somebody resumes it."""
+    step: str | None = None
+    """None: finish (a work chain: go on with the outline)."""
+    args: tuple[Any, ...] = ()
+    """What the step gets before the value of what was waited for."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    message: str | None = None
+    data: Any = None
+    attempt: int = 1
+    """Above 1: `step` has failed so often less one, and is tried again."""
+    effect: Effect = ""
+    """Of a step with ``effect="once"`` that is tried again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Created:
     """Accepted; nothing of the user's code ran yet."""
@@ -121,22 +146,33 @@ class Running:
     step: str
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    attempt: int = 1
+    effect: Effect = ""
+    """Of a step with ``effect="once"``: an attempt has begun and nobody has seen it end; nobody knows what it did."""
+    pending: tuple[Pending, ...] = ()
+    """What else is waited for meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Waits for the end of `children`, or, without any, *suspended* for a message; then goes on with `step`."""
+    """Waits for the first of `pending` to be there."""
 
     kind: ClassVar[ProcessState] = ProcessState.WAITING
-    step: str | None = None
-    """None: finish when the wait is over."""
-    message: str | None = None
-    data: Any = None
-    children: tuple[str, ...] = ()
+    pending: tuple[Pending, ...]
 
     @property
     def suspended(self) -> bool:
-        return not self.children
+        """Whether somebody may resume it."""
+        return not self.is_retry and any(item.on is None for item in self.pending)
+
+    @property
+    def is_retry(self) -> bool:
+        """Whether the first is a step that is tried again: it has not ended yet, so no other one comes before it."""
+        return bool(self.pending) and self.pending[0].attempt > 1
+
+    @property
+    def message(self) -> str | None:
+        return next((item.message for item in self.pending if item.message is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +224,14 @@ def turn(source: PlayState, event: PlayEvent, target: PlayState) -> PlayState:
     return target
 
 
+def diagram() -> str:
+    """The table of the states as a Mermaid diagram."""
+    lines = ["stateDiagram-v2", "    [*] --> created"]
+    for (source, event), targets in STATE_TABLE.items():
+        lines += [f"    {source} --> {target}: {event}" for target in sorted(targets)]
+    return "\n".join([*lines, *(f"    {state} --> [*]" for state in sorted(TERMINAL))])
+
+
 # --- as plain data ----------------------------------------------------------------------------------
 
 
@@ -195,15 +239,18 @@ def to_data(state: State) -> dict[str, Any]:
     """The state as a dictionary whose values are texts, numbers, lists and the user's own values."""
     facts: dict[str, Any]
     match state:
-        case Created() | Running():
+        case Created():
             facts = {"step": state.step, "args": list(state.args), "kwargs": dict(state.kwargs)}
+        case Running():
+            facts = {"step": state.step, "args": list(state.args), "kwargs": dict(state.kwargs)}
+            if state.attempt != 1:
+                facts["attempt"] = state.attempt
+            if state.effect:
+                facts["effect"] = state.effect
+            if state.pending:
+                facts["pending"] = [_pending_to_data(item) for item in state.pending]
         case Waiting():
-            facts = {
-                "step": state.step,
-                "message": state.message,
-                "data": state.data,
-                "children": list(state.children),
-            }
+            facts = {"pending": [_pending_to_data(item) for item in state.pending]}
         case Finished():
             facts = {"result": state.result, "exit_status": state.exit_status, "exit_message": state.exit_message}
         case Excepted():
@@ -222,9 +269,20 @@ def from_data(data: Mapping[str, Any]) -> State:
         case ProcessState.CREATED:
             return Created(data["step"], tuple(data["args"]), dict(data["kwargs"]))
         case ProcessState.RUNNING:
-            return Running(data["step"], tuple(data["args"]), dict(data["kwargs"]))
+            return Running(
+                data["step"],
+                tuple(data["args"]),
+                dict(data["kwargs"]),
+                data.get("attempt", 1),
+                data.get("effect", ""),
+                tuple(_pending_from_data(item) for item in data.get("pending", ())),
+            )
         case ProcessState.WAITING:
-            return Waiting(data["step"], data["message"], data["data"], tuple(data["children"]))
+            if "pending" not in data:  # as Prunus 0.1 wrote it
+                children = tuple(OnChild(pid) for pid in data["children"])
+                on = AllOf(children) if children else None
+                return Waiting((Pending(on, data["step"], message=data["message"], data=data["data"]),))
+            return Waiting(tuple(_pending_from_data(item) for item in data["pending"]))
         case ProcessState.FINISHED:
             return Finished(data["result"], data["exit_status"], data["exit_message"])
         case ProcessState.EXCEPTED:
@@ -233,3 +291,33 @@ def from_data(data: Mapping[str, Any]) -> State:
             return Killed(data["message"])
         case _:
             assert_never(kind)
+
+
+def _pending_to_data(pending: Pending) -> dict[str, Any]:
+    facts: dict[str, Any] = {"on": None if pending.on is None else waits.to_data(pending.on), "step": pending.step}
+    if pending.args:
+        facts["args"] = list(pending.args)
+    if pending.kwargs:
+        facts["kwargs"] = dict(pending.kwargs)
+    if pending.message is not None:
+        facts["message"] = pending.message
+    if pending.data is not None:
+        facts["data"] = pending.data
+    if pending.attempt != 1:
+        facts["attempt"] = pending.attempt
+    if pending.effect:
+        facts["effect"] = pending.effect
+    return facts
+
+
+def _pending_from_data(data: Mapping[str, Any]) -> Pending:
+    return Pending(
+        None if data["on"] is None else waits.from_data(data["on"]),
+        data["step"],
+        tuple(data.get("args", ())),
+        dict(data.get("kwargs", {})),
+        data.get("message"),
+        data.get("data"),
+        data.get("attempt", 1),
+        data.get("effect", ""),
+    )

@@ -21,18 +21,27 @@ that has to wait is an ``async def``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from prunus.errors import SpecError
-from prunus.processes.commands import Child, Command, Continue, Stop, Wait
+from prunus.errors import InvalidStepError, SpecError
+from prunus.processes import stack
+from prunus.processes.attempts import Attempt, Outcome
+from prunus.processes.commands import Command, Stop, Wait
+from prunus.processes.generics import InputsT, OutputsT
+from prunus.processes.machine import _NotYet
 from prunus.processes.namespaces import AttributeDict
-from prunus.processes.outline import End, Outline, Path, Question, Return, Step, compile_outline
-from prunus.processes.process import Process, Transition, _Attempt, names_of
+from prunus.processes.outline import End, Outline, Path, Place, Question, Return, Step, compile_outline
+from prunus.processes.process import Process, names_of
 from prunus.processes.result import ProcessResult
 from prunus.processes.spec import ProcessSpec
-from prunus.processes.states import Waiting
+from prunus.processes.states import Pending, Running, Waiting
+from prunus.processes.steps import StepOptions
+from prunus.processes.waits import AllOf, Answer, Child, OnMessage, names_of_values
+
+MAX_QUESTIONS = 10_000
+"""So many questions between two steps of an outline mean that it would never come to a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,127 +94,256 @@ class _Awaited:
 class _Memo:
     """What a step of a work chain may write, beside outputs and children."""
 
-    __slots__ = ("awaited", "context", "position")
+    __slots__ = ("asked", "awaited", "context", "position")
 
     def __init__(self, position: Path, context: AttributeDict, awaited: tuple[_Awaited, ...]) -> None:
         self.position = position
         self.context = context
         self.awaited = awaited
+        self.asked = 0
+        """How many questions came since the last step."""
 
     def copy(self) -> _Memo:
         return _Memo(self.position, self.context.copy(), self.awaited)
 
 
-class WorkChain(Process):
+class WorkChain(Process[InputsT, OutputsT]):
     """The base of all work chains. A subclass gives its spec an outline."""
 
     spec_class: ClassVar[type[ProcessSpec]] = WorkChainSpec
+    _memo: _Memo
 
     # --- for steps ----------------------------------------------------------------------------------
 
     @property
     def ctx(self) -> Any:
         """The context, by attribute and by item. What a step writes here is kept when the step ends well."""
+        attempt = self._attempt
+        if attempt is not None and stack.attempt_of(self) in (None, attempt.number):  # (what is mostly so, and quick)
+            return attempt.memo.context
         return self._my_memo().context
 
     def to_context(self, **children: Child | Append) -> None:
         """Wait for these children before the next step of the outline, and put their results into the context."""
         _expect(self._my_memo(), children)
 
+    @classmethod
+    def _is_abstract(cls) -> bool:
+        instructions = cls.spec_class(cls.__qualname__)
+        try:
+            cls.define(instructions)
+        except Exception:  # whatever is wrong with it is told when its spec is built
+            return False
+        return isinstance(instructions, WorkChainSpec) and not instructions.instructions
+
     # --- the outline is the step `run`, over and over ---------------------------------------------------
 
-    async def run(self, *_: Any) -> Any:
-        """One step of the outline: ask until there is something to do, do it, ask what follows."""
-        memo = self._my_memo()
+    async def run(self, *_: Any, **__: Any) -> Any:
+        """One step of the outline: do it, then ask until there is something to do again."""
+        attempt = self._attempt  # (it may be another one when a step that was given up comes back)
+        assert attempt is not None
+        assert attempt.options is not None
+        memo: _Memo = attempt.memo
+        place = self._outline.places[memo.position]
+        if type(place) is not Step:
+            return _ending(place)
+        step = getattr(self, attempt.options.method)
+        value = await (step() if attempt.options.is_async else attempt.call(step))
+        rest = self._leave(memo, place, value)
+        return await rest if inspect.iscoroutine(rest) else rest
+
+    def _run_inline(self, memo: _Memo, place: Step, step: Callable[[], Any]) -> Any:
+        """The same for a plain step that is called on the loop. What it returns may have to be awaited."""
+        value = step()
+        return self._await_step(memo, place, value) if inspect.isawaitable(value) else self._leave(memo, place, value)
+
+    async def _await_step(self, memo: _Memo, place: Step, value: Awaitable[Any]) -> Any:
+        rest = self._leave(memo, place, await value)
+        return await rest if inspect.iscoroutine(rest) else rest
+
+    def _leave(self, memo: _Memo, place: Step, value: Any) -> Any:
+        """What `run` returns when the step at `place` has returned `value`; a coroutine if that must be awaited."""
+        memo.position = place.then
+        if value is not None:
+            if not _goes_on(value):
+                return value
+            if value:
+                _expect(memo, value)
         if memo.awaited:
             return None
-        place = await self._seek(memo)
-        if not isinstance(place, Step):
-            return _ending(place)
-        value = await self._call(self._method(place.name))
-        memo.position = place.then
-        if not _goes_on(value):
-            return value
-        if isinstance(value, ToContext):
-            _expect(memo, value)
-        if not memo.awaited:
-            place = await self._seek(memo)
-            if not isinstance(place, Step):
-                return _ending(place)
-        return None
+        found = self._look(memo)
+        if isinstance(found, tuple):
+            return self._look_on(memo, found)
+        return None if type(found) is Step else _ending(found)
 
-    async def _seek(self, memo: _Memo) -> Step | Return | End:
-        """Move on to the first place that is not a question."""
-        outline = self._outline
-        while isinstance(place := outline.at(memo.position), Question):
-            yes = self._method(place.name)()
-            if inspect.isawaitable(yes):
-                yes = await yes
-            if not isinstance(yes, bool):
-                raise SpecError(f"the predicate {place.name} must answer True or False; it returned {yes!r}")
-            memo.position = place.yes if yes else place.no
+    async def _look_on(self, memo: _Memo, found: _Place | _Asked) -> Stop | None:
+        """Wait for the answers that must be waited for. None if there is a step to do."""
+        while isinstance(found, tuple):
+            question, answer = found
+            self._decide(memo, question, await answer)
+            found = self._look(memo)
+        return None if type(found) is Step else _ending(found)
+
+    def _look(self, memo: _Memo) -> _Place | _Asked:
+        """Move on to the first place that is not a question, or whose question must be waited for."""
+        places = self._outline.places
+        while type(place := places[memo.position]) is Question:
+            memo.asked += 1
+            if memo.asked > MAX_QUESTIONS:
+                raise InvalidStepError(
+                    type(self).__qualname__,
+                    place.name,
+                    f"was asked again and again: {MAX_QUESTIONS} questions without any step in between, so this "
+                    "outline does not end",
+                )
+            answer = getattr(self, place.name)()
+            if answer is True:
+                memo.position = place.yes
+            elif answer is False:
+                memo.position = place.no
+            elif inspect.isawaitable(answer):
+                return place, answer
+            else:
+                self._decide(memo, place, answer)
         return place
 
-    def _command(self, attempt: _Attempt, value: Any) -> Command:
+    def _decide(self, memo: _Memo, question: Question, answer: Any) -> None:
+        if not isinstance(answer, bool):
+            raise InvalidStepError(
+                type(self).__qualname__, question.name, f"must answer True or False; it returned {answer!r}"
+            )
+        memo.position = question.yes if answer else question.no
+
+    async def _ask_first(self, memo: _Memo) -> None:
+        await self._look_on(memo, self._look(memo))
+
+    def _begin_attempt(self, attempt: Attempt, state: Running) -> Outcome | None:
+        place = self._outline.places[attempt.memo.position]
+        if state.step != "run" or type(place) is not Step:
+            return super()._begin_attempt(attempt, state)
+        options = self._options.get(place.name) or self._find_step(place.name)
+        if options.effect == "once":
+            return None
+        attempt.step = options.name
+        if options.is_inline:
+            arguments = attempt.memo, place, getattr(self, options.method)
+            return attempt.begin(self._run_inline, arguments, _NO_ARGUMENTS, options)
+        return attempt.begin(self.run, (), _NO_ARGUMENTS, options)
+
+    def _must_look(self, attempt: Attempt, state: Running) -> bool:
+        return state.step == "run" and type(self._outline.places[attempt.memo.position]) is Question
+
+    async def _find_place(self, attempt: Attempt, state: Running) -> Outcome | _NotYet | None:
         memo: _Memo = attempt.memo
+        name = attempt.step = self._outline.places[memo.position].name
+        _, error = await attempt.run(self._ask_first, (memo,), {}, StepOptions(name, "_ask_first"))
+        if error is not None or attempt.is_killed:
+            return None, error
+        self._memo = memo.copy()  # with what the predicates have written: they are not asked again
+        self._look_for_breakpoint()
+        if self._register.pause:
+            self.revision += 1
+            self._attempt = None
+            return _NotYet(self._show_play(self._register.reason))
+        return None
+
+    def _options_of(self, attempt: Attempt, state: Running) -> StepOptions:
+        if state.step != "run":
+            return super()._options_of(attempt, state)
+        place = self._outline.places[attempt.memo.position]
+        return self._find_step(place.name) if type(place) is Step else _ENDING
+
+    def _call_of(
+        self, attempt: Attempt, state: Running, options: StepOptions
+    ) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]:
+        if state.step != "run":
+            return super()._call_of(attempt, state, options)
+        place = self._outline.places[attempt.memo.position]
+        if options.is_inline and type(place) is Step:
+            return self._run_inline, (attempt.memo, place, getattr(self, options.method)), _NO_ARGUMENTS
+        return self.run, (), _NO_ARGUMENTS
+
+    def _command(self, attempt: Attempt, value: Any, state: Running) -> Command | tuple[Wait, ...] | Running:
+        memo: _Memo = attempt.memo
+        if value is None and not memo.awaited:
+            return () if state.pending else _RUN
         if _goes_on(value):
-            if isinstance(value, ToContext):
+            if value:
                 _expect(memo, value)
             if memo.awaited:
-                return Wait("run", "waits for its children", on=dict.fromkeys(item.pid for item in memo.awaited))
-            return _NEXT
-        if isinstance(value, Wait) and value.callback is None:
-            return Wait("run", value.msg, value.data, value.on)
-        if isinstance(value, int) and not isinstance(value, bool):
+                return (_wait_for(memo),)
+            return () if state.pending else _RUN
+        if type(value) is int:
             return Stop(exit_status=value)
-        command = super()._command(attempt, value)
+        command = super()._command(attempt, value, state)
+        if type(command) is tuple and memo.awaited:
+            return (*command, _wait_for(memo))
         if isinstance(command, Stop) and command.result is value:
-            raise TypeError(
-                f"a step of an outline returned {value!r}; it may return None, ToContext, a command, Outputs or an "
-                "exit status"
+            raise InvalidStepError(
+                type(self).__qualname__,
+                attempt.step or "run",
+                f"returned {value!r}; a step of an outline may return None, ToContext, a command, a list of waits, "
+                "Outputs, an exit code or an exit status",
             )
         return command
 
-    def _collect(self, results: Mapping[str, ProcessResult]) -> None:
-        memo = self._memo
-        for item in memo.awaited:
-            if item.pid in results:
-                result = results[item.pid]
-                old = memo.context.get(item.key)
-                memo.context[item.key] = [*(old or ()), result] if item.append else result
-        memo.awaited = tuple(item for item in memo.awaited if item.pid not in results)
+    def _after(self, item: Pending, answer: Answer | None, left: tuple[Pending, ...]) -> Running:
+        if item.step is not None and item.step != "run":
+            return super()._after(item, answer, left)
+        if answer is not None and item.on is not None:
+            self._memo = self._memo.copy()
+            if names_of_values(item.on) is not None:
+                self._memo.context.update(answer.value)
+            elif isinstance(item.on, OnMessage):
+                self._memo.context[item.on.name] = answer.value
+            elif isinstance(item.on, AllOf):
+                _collect(self._memo, {one.pid: one for one in answer.value if isinstance(one, ProcessResult)})
+        if left:  # the outline goes on when nothing is waited for any more
+            return Running("_end", pending=left)
+        return _RUN
 
-    def _go_on(self, args: tuple[Any, ...]) -> tuple[Transition, ...]:
-        # `run` finds what it needs in the context.
-        return super()._go_on(() if isinstance(self._state, Waiting) and self._state.step == "run" else args)
+    def _edit_context(self, values: Mapping[str, Any]) -> None:
+        self._my_memo().context.update(values)
+
+    def _settle_place(self, attempt: Attempt) -> None:
+        memo: _Memo = attempt.memo
+        state = self._state
+        if isinstance(state, Running) and state.step == "run":
+            place = self._outline.at(memo.position)
+            if isinstance(place, Step):
+                memo.position = place.then
 
     # --- state --------------------------------------------------------------------------------------
 
     @property
     def next_step(self) -> str | None:
         step = super().next_step
-        if step != "run":
-            return step
-        return self._outline.at(self._memo.position).name
+        is_outline = step == "run" or (step is None and isinstance(self._state, Waiting))
+        return self._outline.at(self._memo.position).name if is_outline else step
 
     def _set_up(self, *args: Any) -> None:
         super()._set_up(*args)
-        assert isinstance(self._spec, WorkChainSpec)
-        self._outline: Outline = self._spec.compiled
+        spec = self._spec
+        assert isinstance(spec, WorkChainSpec)
+        self._outline: Outline = spec.compiled
         self._memo = _Memo(self._outline.start, AttributeDict(), ())
 
-    def _new_attempt(self, number: int) -> _Attempt:
-        attempt = super()._new_attempt(number)
+    def _new_attempt(self, number: int) -> Attempt:
+        attempt = Attempt(self, number, self._outputs.copy())
         attempt.memo = self._memo.copy()
         return attempt
 
-    def _commit(self, attempt: _Attempt) -> None:
+    def _commit(self, attempt: Attempt) -> None:
         super()._commit(attempt)
         self._memo = attempt.memo
 
+    def _written(self, attempt: Attempt) -> dict[str, Any]:
+        return {**super()._written(attempt), "ctx": dict(attempt.memo.context)}
+
     def _my_memo(self) -> _Memo:
         attempt = self._mine()
-        return self._memo if attempt is None else attempt.memo
+        memo: _Memo = self._memo if attempt is None else attempt.memo
+        return memo
 
     def snapshot(self) -> dict[str, Any]:
         memo = self._memo
@@ -222,7 +360,7 @@ class WorkChain(Process):
         position = tuple(snapshot["position"])
         if not self.has_terminated():
             place, expected = self._outline.at(position), snapshot["place"]
-            if place.name != expected:
+            if place.name != self._table.current_name(expected):
                 raise SpecError(
                     f"the outline of {self._spec.name} has changed since this process was saved: what comes next was "
                     f"{expected!r}, and now {place.name!r} stands there"
@@ -233,16 +371,38 @@ class WorkChain(Process):
 
 WorkChain._reserved = Process._reserved | names_of(WorkChain) | {"run"}
 
-_NEXT = Continue("run")
+_Place = Step | Question | Return | End
+_Asked = tuple[Question, Awaitable[Any]]
+"""A question, and what will be its answer."""
+_NO_ARGUMENTS: Mapping[str, Any] = {}
+_RUN = Running("run")
+"""Of every step of an outline."""
+_ENDING = StepOptions("run", "run")
+"""Behind the last place of an outline there is nothing of the user's."""
 
 
 def _goes_on(value: Any) -> bool:
-    """Whether the value of a step means: to the next one."""
-    return value is None or isinstance(value, ToContext) or (value == 0 and type(value) is int)
+    """Whether the value of a step means: to the next one. (`as_completed` of nothing is a list of no waits.)"""
+    return value is None or type(value) is ToContext or (type(value) in (int, list) and not value)
 
 
-def _ending(place: Return | End) -> Stop:
+def _ending(place: Place) -> Stop:
     return Stop(exit_status=place.code) if isinstance(place, Return) else Stop()
+
+
+def _wait_for(memo: _Memo) -> Wait:
+    pids = dict.fromkeys(item.pid for item in memo.awaited)
+    return Wait("run", "waits for its children", on=list(pids))
+
+
+def _collect(memo: _Memo, results: Mapping[str, ProcessResult]) -> None:
+    """Put the results of children into the context, where they were expected."""
+    for item in memo.awaited:
+        if item.pid in results:
+            result = results[item.pid]
+            old = memo.context.get(item.key)
+            memo.context[item.key] = [*(old or ()), result] if item.append else result
+    memo.awaited = tuple(item for item in memo.awaited if item.pid not in results)
 
 
 def _expect(memo: _Memo, children: Mapping[str, Child | Append]) -> None:
