@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from prunus.errors import StoreFullError
-from prunus.persistence.database import wal_bytes
+from prunus.persistence.database import WAL_LIMIT_BYTES, wal_bytes
 from prunus.persistence.persister import Query
 from prunus.runtime.broker import BALLAST_BYTES, LOW_SPACE_BYTES, NO_SPACE_BYTES
 from prunus.runtime.controller import ProcessHandle
@@ -28,7 +28,7 @@ from tests.guarantees.real_daemon import steps_in_order
 from tests.runtime import workflows
 from tests.runtime.waiting import file_has
 
-STEPS = 150
+STEPS = 300
 FEW_STEPS = 60
 LITTLE_BYTES = 2 * NO_SPACE_BYTES
 PROCESSES = 4
@@ -39,7 +39,7 @@ def disk(short_folder: Path) -> Iterator[Path]:
     """A small file system."""
     folder = short_folder / "disk"
     folder.mkdir()
-    size = LOW_SPACE_BYTES + 3 * BALLAST_BYTES
+    size = LOW_SPACE_BYTES + 3 * BALLAST_BYTES + WAL_LIMIT_BYTES
     command = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(folder)]
     try:
         mounted = subprocess.run(command, capture_output=True, text=True, check=False)

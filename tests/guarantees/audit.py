@@ -7,8 +7,8 @@ import sqlite3
 UNWATCHED = """
     SELECT pid, state, play, owner FROM process
     WHERE state NOT IN ('finished', 'excepted', 'killed')
-      AND (owner IS NOT NULL OR inbox_last > inbox_done OR (play = 'playing' AND aside IS NULL AND NOT suspended
-           AND NOT EXISTS (SELECT 1 FROM wait WHERE waiter = process.n AND done = 0)))
+      AND (owner IS NOT NULL OR inbox_last > inbox_done
+           OR (play = 'playing' AND aside IS NULL AND (state <> 'waiting' OR ready)))
       AND NOT EXISTS (SELECT 1 FROM broker_task WHERE key = pid AND outcome IS NULL)"""
 """Processes that somebody holds, or should look at, and that no task is about."""
 

@@ -10,7 +10,7 @@ from prunus.messaging.exchange import Exchange
 from prunus.messaging.messages import Hello, Peer, TaskSend, TaskStored, Welcome, decode_from_broker, encode
 from prunus.persistence import open_database
 from tests.guarantees.real_daemon import RealDaemon
-from tests.runtime import workflows
+from tests.runtime import features, workflows
 
 ROUTE = "route"
 
@@ -81,3 +81,21 @@ async def test_every_accepted_launch_survives_the_death_of_its_broker(short_fold
         assert {row.pid for row in await daemon.controller.find()} == {handle.pid for handle in handles}
         daemon.start("worker-1")
         assert [(await handle.result()).outputs.sum for handle in handles] == [1, 2, 3, 4, 5], daemon.logs()
+
+
+@pytest.mark.timeout(60)
+async def test_every_message_survives_the_death_of_its_broker(short_folder: Path) -> None:
+    """SIGKILL the moment that `send` has returned, three times: all are there, in their order, and are used once."""
+    journal = short_folder / "journal"
+    async with RealDaemon(short_folder, workers=0) as daemon:
+        handle = await daemon.controller.launch(features.Ledger, {"file": str(journal), "count": 6})
+        for number in range(3):
+            await handle.send("entry", 2 * number)
+            await handle.send("entry", 2 * number + 1)
+            daemon.kill("broker")
+            daemon.start("broker")
+        assert (await handle.record()).mail == 6
+        daemon.start("worker-1")
+        assert (await handle.result()).outputs.entries == [0, 1, 2, 3, 4, 5], daemon.logs()
+        assert (await handle.record()).mail == 0
+    assert len(journal.read_text().splitlines()) == 6

@@ -14,12 +14,12 @@ from pathlib import Path
 from prunus import errors
 from prunus.testing.local_daemon import LocalDaemon
 from tests.guarantees.audit import Auditor
-from tests.runtime import workflows
+from tests.runtime import features, workflows
 from tests.runtime.waiting import file_has, until
 
 
 async def test_after_every_commit_each_process_is_ended_watched_or_parked(tmp_path: Path) -> None:
-    """Launches, children, pauses, kills, a dying and a leaving worker: not one commit is out of order."""
+    """Children, timers, messages, pauses, kills, a dying and a leaving worker: not one commit is out of order."""
     file = tmp_path / "journal"
     async with LocalDaemon(workers=2, slots=3) as daemon:
         auditor = Auditor(daemon.connection)
@@ -30,8 +30,16 @@ async def test_after_every_commit_each_process_is_ended_watched_or_parked(tmp_pa
             await launch(workflows.Journal, {"file": str(file), "steps": 10, "pace_s": 0.001}) for _ in range(5)
         ]
         asks = [await launch(workflows.Ask) for _ in range(5)]
+        ledger = await launch(features.Ledger, {"file": str(tmp_path / "ledger"), "count": 3})
+        others = [
+            await launch(features.SumOfSquares, {"count": 6}),
+            await launch(features.AsTheyCome),
+            await launch(features.Nap, {"seconds": 0.01}),
+        ]
         await file_has(file, 5)
+        await ledger.send("entry", 1)
         await daemon.kill_worker("worker-1")
+        await ledger.send("entry", 2)
         for handle in journals[:3]:
             with contextlib.suppress(errors.InvalidStateError):
                 await handle.pause()
@@ -44,7 +52,8 @@ async def test_after_every_commit_each_process_is_ended_watched_or_parked(tmp_pa
             await handle.play()
             await until(handle, lambda row: row.state == "waiting")
             await handle.resume(1)
-        await asyncio.gather(*(handle.result() for handle in chains + journals + asks[1:]))
+        await ledger.send("entry", 3)
+        await asyncio.gather(*(handle.result() for handle in [*chains, *journals, *asks[1:], *others, ledger]))
     assert auditor.complaints == []
     assert auditor.commits > 100
     assert auditor.releases > 50

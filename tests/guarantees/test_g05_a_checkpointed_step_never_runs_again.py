@@ -6,14 +6,16 @@ Steps write their idempotency keys into a file, so the file says what ran how of
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
 
+from prunus import errors
 from prunus.persistence.persister import Query
 from prunus.testing.local_daemon import LocalDaemon
 from tests.guarantees.real_daemon import RealDaemon, steps_in_order
-from tests.runtime import workflows
+from tests.runtime import features, workflows
 from tests.runtime.waiting import file_has, until
 
 STEPS = 30
@@ -96,3 +98,79 @@ async def test_an_unfinished_step_keeps_its_idempotency_key(tmp_path: Path) -> N
         await handle.kill()
     assert len(attempts) == 4
     assert set(attempts) == {f"{handle.pid}:1"}
+
+
+@pytest.mark.parametrize("commit", range(2, 14, 2))
+async def test_messages_are_used_once_whenever_a_worker_dies(tmp_path: Path, commit: int) -> None:
+    """After any commit of a process that takes three of them: each is used once, and in its order."""
+    journal = tmp_path / "journal"
+    async with LocalDaemon(workers=1) as daemon:
+        reached = asyncio.Event()
+        commits = 0
+
+        def count(failpoint: str) -> None:
+            nonlocal commits
+            commits += failpoint == "after_commit"
+            if commits == commit:
+                reached.set()
+
+        handle = await daemon.controller.launch(features.Ledger, {"file": str(journal), "count": 3})
+        daemon.broker.exchange.failpoint = count
+        for number in range(3):
+            await handle.send("entry", number)
+        await reached.wait()
+        await daemon.kill_worker("worker-1")
+        await daemon.start_worker("worker-2")
+        assert (await handle.result()).outputs.entries == [0, 1, 2]
+    lines = journal.read_text().splitlines()
+    assert len(set(lines)) == 3
+    assert len(lines) <= 4
+    assert steps_in_order(lines)
+
+
+async def test_attempts_are_counted_across_restarts() -> None:
+    """Broker and worker die between two attempts: there are as many as the policy says, and no more."""
+    features.Stubborn.keys.clear()
+    ahead_s = 0.0
+    async with LocalDaemon(clock=lambda: time.time() + ahead_s) as daemon:
+        handle = await daemon.controller.launch(features.Stubborn)
+        for attempt, interval_s in ((1, 3600), (2, 3 * 3600)):
+            await until(handle, lambda row: row.state == "waiting" and row.owner is None)
+            assert len(features.Stubborn.keys) == attempt
+            await daemon.kill_worker(f"worker-{attempt}")
+            daemon.broker.restart()
+            await daemon.start_worker(f"worker-{attempt + 1}")
+            ahead_s = interval_s + 1.0
+            daemon.broker.tick()
+        with pytest.raises(errors.ProcessExceptedError, match="attempt 3"):
+            await handle.result()
+        notes = [event.note or "" for event in await handle.history() if event.note]
+    assert features.Stubborn.keys == [f"{handle.pid}:1"] * 3
+    assert [note.partition(" failed")[0] for note in notes if note.startswith("attempt")] == [
+        "attempt 1 of 3",
+        "attempt 2 of 3",
+        "attempt 3",
+    ]
+
+
+@pytest.mark.timeout(60)
+async def test_an_effect_that_its_worker_died_in_is_not_repeated(short_folder: Path) -> None:
+    """SIGKILL of a real worker in the step, with and without a way to find out: one effect each.
+
+    The intent was durable before the step began, so the next worker does not take the step for one that never ran.
+    """
+    blind, seeing = short_folder / "blind", short_folder / "seeing"
+    async with RealDaemon(short_folder, workers=1) as daemon:
+        charge = await daemon.controller.launch(features.Charge, {"file": str(blind)})
+        look = await daemon.controller.launch(features.ChargeAndLook, {"file": str(seeing)})
+        await file_has(blind, 1)
+        await file_has(seeing, 1)
+        daemon.kill("worker-1")
+        daemon.start("worker-2")
+        assert (await look.result()).value == "found", daemon.logs()
+        record = await until(charge, lambda row: row.play == "paused")
+        assert "the step run began and nobody saw it end" in (record.status or "")
+        await charge.settle("charged by hand")
+        assert (await charge.result()).value == "charged by hand"
+    assert blind.read_text().splitlines() == [f"{charge.pid}:1"]
+    assert seeing.read_text().splitlines() == [f"{look.pid}:1"]

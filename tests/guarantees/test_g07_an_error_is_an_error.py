@@ -17,6 +17,8 @@ EXAMPLES: list[errors.PrunusError] = [
     errors.SpecError("an outline without a step"),
     errors.ProcessKilledError("pid", "enough"),
     errors.ProcessExceptedError("pid", Failure(type="ValueError", message="no", traceback="tb")),
+    errors.InvalidStepError("Cls", "fit", "returned nonsense"),
+    errors.StepTimeoutError("fit", 2.5, "it did not end"),
     errors.CheckpointNotFoundError("pid"),
     errors.CheckpointCorruptError("checksum"),
     errors.CheckpointIncompatibleError(9, 1),

@@ -14,12 +14,12 @@ from prunus.messaging.communicator import IncomingTask, Subscription
 from prunus.messaging.local import LocalBroker
 from prunus.messaging.peer import PeerCommunicator
 from prunus.persistence import MemoryPersister, Persister
-from prunus.persistence.persister import NewProcess, Query, Save
+from prunus.persistence.persister import NewProcess, Note, Query, Save
 from prunus.runtime.controller import ProcessController, ProcessHandle
 from prunus.testing.communicator_contract import ContractService
 from prunus.testing.local_daemon import LocalDaemon
-from tests.runtime import workflows
-from tests.runtime.waiting import until
+from tests.runtime import features, workflows
+from tests.runtime.waiting import file_has, until
 
 Calls = dict[str, Callable[[], Awaitable[Any]]]
 
@@ -48,9 +48,10 @@ async def test_a_persister_answers_with_facts() -> None:
         return NewProcess(pid=pid, class_id="a:B", checkpoint=b"x", created_at=0.0)
 
     async with MemoryPersister() as persister:
-        for pid in ("released", "aside", "ended"):
+        for pid in ("released", "aside", "ended", "forked"):
             await persister.create(new(pid))
             await persister.claim(pid, "me", at=0.0)
+        await persister.save(Save(pid="forked", epoch=1, state="running", checkpoint=b"x", keep_as="fit"))
         ended = Save(pid="ended", epoch=1, state="finished", result=b"r")
         calls: Calls = {
             "create": lambda: persister.create(new("new")),
@@ -60,6 +61,12 @@ async def test_a_persister_answers_with_facts() -> None:
             "set_aside": lambda: persister.set_aside("aside", 1, "why"),
             "revive": lambda: persister.revive("aside"),
             "post": lambda: persister.post("new", b"letter"),
+            "reply": lambda: persister.reply("new", 1),
+            "send": lambda: persister.send("new", "mail", b"body", at=time.time()),
+            "note": lambda: persister.note(Note(pid="forked", epoch=1)),
+            "log": lambda: persister.log("new"),
+            "past": lambda: persister.past("forked"),
+            "past_checkpoint": lambda: persister.past_checkpoint("forked", 1),
             "load": lambda: persister.load("new"),
             "query": lambda: persister.query(Query()),
             "history": lambda: persister.history("new"),
@@ -123,7 +130,26 @@ async def test_a_controller_and_its_handles_answer_with_facts(tmp_path: Path) ->
         cure = tmp_path / "cure"
         heal = await daemon.controller.launch(workflows.Heal, {"file": str(cure)})
         await until(heal, lambda row: row.state == "excepted")
+        chain = await daemon.controller.launch(features.Chain)
+        await chain.result()
+        review = await daemon.controller.launch(features.Review)
+        await until(review, lambda row: row.state == "waiting")
+        editable = await daemon.controller.launch(features.Chain, paused=True)
+        charge = await daemon.controller.launch(features.Charge, {"file": str(tmp_path / "charge")})
+        await file_has(tmp_path / "charge", 1)
+        await daemon.kill_worker("worker-1")
+        await daemon.start_worker("worker-2")
+        await until(charge, lambda row: row.play == "paused")
         calls = {
+            "send": lambda: review.send("comment", "good"),
+            "query": lambda: review.query("limit_plus"),
+            "update": lambda: review.update("set_limit", 2),
+            "edit_context": lambda: editable.edit_context(text="x"),
+            "settle": lambda: charge.settle("charged"),
+            "until": lambda: chain.until(lambda row: row.is_terminal),
+            "steps": chain.steps,
+            "fork": lambda: chain.fork("second"),
+            "log": chain.log,
             "record": ask.record,
             "checkpoint_yaml": ask.checkpoint_yaml,
             "pause": ask.pause,

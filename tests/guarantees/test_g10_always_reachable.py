@@ -12,7 +12,7 @@ import pytest
 from prunus import errors
 from prunus.runtime.controller import ProcessHandle
 from prunus.testing.local_daemon import LocalDaemon
-from tests.runtime import workflows
+from tests.runtime import features, workflows
 from tests.runtime.waiting import file_has, until
 
 Making = Callable[[LocalDaemon, Path], Awaitable[ProcessHandle]]
@@ -117,8 +117,8 @@ async def test_control_that_asks_nothing_of_a_running_step_does_not_wait_for_it(
         record = await handle.record()
         assert (record.state, record.play, record.inbox_done) == ("running", "playing", 3)
         last_pause = asyncio.create_task(handle.pause())
-        await until(handle, lambda row: row.inbox_last == 4)
-        assert (await handle.record()).inbox_done == 3
+        await until(handle, lambda row: row.play == "pausing")
+        assert not last_pause.done()
         await handle.kill()
         with pytest.raises(errors.InvalidStateError):
             await last_pause
@@ -173,3 +173,44 @@ async def test_control_waits_for_a_worker_and_is_not_lost(tmp_path: Path) -> Non
         await daemon.start_worker("worker-2")
         await killing
         assert (await handle.record()).state == "killed"
+
+
+@pytest.mark.parametrize("quiesced", [True, False])
+async def test_a_pause_that_was_answered_survives_the_death_of_its_worker(quiesced: bool, tmp_path: Path) -> None:
+    """Whether the step had ended by then or not: the next worker takes no step before a play."""
+    journal = tmp_path / "journal"
+    async with LocalDaemon() as daemon:
+        inputs = {"file": str(journal), "steps": 3, "pace_s": 0.0 if quiesced else 3600.0}
+        handle = await daemon.controller.launch(workflows.Journal, inputs, pause_at="write" if quiesced else None)
+        if quiesced:
+            await until(handle, lambda row: row.play == "paused")
+        else:
+            await file_has(journal, 1)
+        await handle.pause("for good", quiesced=quiesced)
+        await daemon.kill_worker("worker-1")
+        await daemon.start_worker("worker-2")
+        record = await until(handle, lambda row: row.play == "paused" and row.owner is None)
+        written = len(await file_has(journal, 0))
+        other = await daemon.controller.launch(workflows.Add, {"a": 1})
+        await other.result()
+        assert (await handle.record()).seq == record.seq
+        assert len(await file_has(journal, 0)) == written == (0 if quiesced else 1)
+        await handle.play()
+        await file_has(journal, written + 1)
+        await handle.kill()
+
+
+@pytest.mark.timeout(60)
+async def test_a_killed_parent_reaches_two_thousand_children() -> None:
+    """In the commit of its end each of them has its letter; none is left alive."""
+    async with LocalDaemon(slots=64) as daemon:
+        parent = await daemon.controller.launch(features.Crowd, {"count": 2000})
+        async with daemon.controller.events() as events:
+
+            async def all_are(state: str) -> None:
+                while (await daemon.controller.broker_statistics())["processes"] != {state: 2001}:
+                    await anext(events)
+
+            await all_are("waiting")
+            await parent.kill("all of you")
+            await all_are("killed")

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from prunus.runtime.backend import Backend, missing_tasks
 from prunus.runtime.runner import new_process
 from prunus.testing.local_daemon import LocalDaemon
 from tests.guarantees.real_daemon import RealDaemon
-from tests.runtime import workflows
+from tests.runtime import features, workflows
 from tests.runtime.waiting import file_has, until
 
 
@@ -90,3 +92,27 @@ async def test_what_somebody_claimed_and_left_goes_to_others() -> None:
         await daemon.start_worker("worker-1")
         assert [(await handle.result()).outputs.sum for handle in handles] == [1, 2]
         await guests[1].communicator.close()
+
+
+@pytest.mark.timeout(60)
+async def test_timers_survive_a_restart_and_late_ones_fire_at_once(short_folder: Path) -> None:
+    """The broker is dead when the first one ends, and another broker wakes both: the second one not before its time."""
+    async with RealDaemon(short_folder, workers=1) as daemon:
+        handles = [await daemon.controller.launch(features.Nap, {"seconds": seconds}) for seconds in (0.5, 3.5)]
+        late, ahead = [
+            await until(handle, lambda row: row.state == "waiting" and row.owner is None) for handle in handles
+        ]
+        assert late.wake_at is not None
+        assert ahead.wake_at is not None
+        daemon.kill("broker")
+        while time.time() < late.wake_at:
+            await asyncio.sleep(0.01)
+        daemon.start("broker")
+        assert (await handles[0].result()).value == "awake", daemon.logs()
+        assert (await handles[1].result()).value == "awake", daemon.logs()
+        woken = [
+            next(event.at for event in await handle.history() if event.subject == "waiting.running")
+            for handle in handles
+        ]
+    assert woken[0] < ahead.wake_at, "at once, and not with the next timer"
+    assert woken[1] >= ahead.wake_at

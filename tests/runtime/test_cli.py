@@ -22,8 +22,11 @@ from prunus.runtime.profile import Profile
 PROJECT = Path(prunus.__file__).parents[2]
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}"
 
-FLOW = """
-from prunus import Process
+FLOW = '''
+import os
+import signal
+
+from prunus import Process, RetryPolicy, Wait, message, query, step
 
 class Local(Process):
     async def run(self):
@@ -32,7 +35,43 @@ class Local(Process):
 class Late(Process):
     async def run(self):
         return None
-"""
+
+class Stubborn(Process):
+    """Its first attempt fails, and the second is an hour away."""
+
+    @step(retry=RetryPolicy(max_attempts=3, initial_interval_s=3600, max_interval_s=3600, jitter=0))
+    async def run(self):
+        raise ConnectionError("no licence is free")
+
+class Dying(Process):
+    """Its worker dies in the middle of a step whose effect must not be repeated."""
+
+    @step(effect="once")
+    async def run(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class Talk(Process):
+    """Returns a text of several lines, and can be asked."""
+
+    @classmethod
+    def define(cls, spec):
+        super().define(spec)
+        spec.message("go")
+
+    async def run(self):
+        return Wait(message("go"), then=self.end)
+
+    async def end(self, go):
+        return "one\\ntwo"
+
+    @query
+    def nothing(self):
+        return None
+
+    @query
+    def table(self):
+        return [{"name": "Cu", "scales": (0.9, 1.0)}]
+'''
 
 
 class Shell:
@@ -71,12 +110,18 @@ class Shell:
         assert code is None or process.returncode == code, f"{words}: {process.returncode}\n{out}{error}"
         return subprocess.CompletedProcess(words, process.returncode, out, error)
 
-    def begin(self, *words: str) -> subprocess.Popen[str]:
-        """Call it and go on; to be used as a context manager."""
+    @contextlib.contextmanager
+    def begin(self, *words: str) -> Iterator[subprocess.Popen[str]]:
+        """Call it and go on; it does not outlive the block."""
         command = [sys.executable, "-m", "prunus.runtime.cli", *words]
-        return subprocess.Popen(
-            command, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            command, cwd=self.folder, env=self.environment, stdout=pipe, stderr=pipe, text=True
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def error(self, *words: str, code: int = 1) -> str:
         """What it says when it fails, and that it says nothing else."""
@@ -88,6 +133,9 @@ class Shell:
 
     def launch(self, name: str, *words: str) -> str:
         return self("launch", f"tests.runtime.workflows:{name}", *words).stdout.strip()
+
+    def launch_feature(self, name: str, *words: str) -> str:
+        return self("launch", f"tests.runtime.features:{name}", *words).stdout.strip()
 
     def __repr__(self) -> str:
         return f"Shell({str(self.folder)!r})"
@@ -181,6 +229,12 @@ def test_a_command_that_is_written_wrongly_is_a_usage_error(shell: Shell) -> Non
         (["list", "--state", "happy"], "'happy' is not one of"),
         (["daemon", "scale", "-1"], "scale"),
         (["daemon", "logs", "nobody"], "there is no log 'nobody'"),
+        (["send", "x", "note", "["], "VALUE: this is not valid YAML"),
+        (["query", "x", "where", "y"], "'y' is not of the form key=value"),
+        (["edit", "x"], "Missing argument 'KEY=VALUE...'"),
+        (["pause", "--all", "--at", "run"], "--at goes with PID..."),
+        (["play", "--all", "--until", "run"], "--until goes with PID..."),
+        (["fork", "x", "a=1"], "`--at STEP` is missing"),
         (["lsit"], "No such command 'lsit'"),
     ]:
         assert complaint in shell.error(*words, code=2)
@@ -345,6 +399,222 @@ def test_a_pid_must_mean_one_process(live: Shell) -> None:
     assert live.record("win-1")["pid"] == first
     assert "there is no process nobody" in live.error("show", "nobody")
     assert "there is no process" in live.error("kill", "")
+
+
+def test_messages_queries_and_updates(live: Shell) -> None:
+    """Answers are YAML; what does not fit is refused with what would; a message is kept until it is used."""
+    pid = live.launch_feature("Review")
+    live.until(pid, lambda facts: facts["names"])
+    assert live("query", pid[-8:], "limit_plus", "more=2").stdout == "5\n"
+    assert "there are: limit_plus, set_limit" in live.error("query", pid, "limit")
+    assert "expected int, got 'x' (str)" in live.error("query", pid, "limit_plus", "more=x")
+    assert live("update", pid, "set_limit", "limit=7").stdout == "3\n"
+    assert live.error("update", pid, "set_limit", "limit=-1") == "Error: ValueError: a limit is not negative\n"
+    assert "did you mean 'approve'?" in live.error("send", pid, "aprove", "true")
+    assert "expected bool, got 'maybe' (str)" in live.error("send", pid, "approve", "maybe")
+    assert live("send", pid, "comment", "well").stdout == f"sent to {pid}\n"
+    text = live("show", pid).stdout
+    assert re.search(r"^state +waiting\n", text, re.MULTILINE)
+    assert re.search(r"^waits for +the message approve, the time \d{4}-.* \(in \d+ min \d+ s\)$", text, re.MULTILINE)
+    assert re.search(r"^messages +1 not used yet$", text, re.MULTILINE)
+    assert re.search(rf"^what to do +`prunus send {pid[-8:]} approve \[VALUE\]` sends", text, re.MULTILINE)
+    assert re.search(r"waiting, wakes in 59 min \d+ s  decide  waits for the message approve ", live("list").stdout)
+    assert f"`prunus send {pid[-8:]} approve [VALUE]`" in live.error("resume", pid, "1")
+    live("send", pid, "approve", "true")
+    assert live.until(pid, lambda facts: facts["state"] == "finished")["value"] == "approved"
+    assert "not ended" in live.error("send", pid, "approve", "true")
+    for words in (["send", "nobody", "x"], ["query", "nobody", "x"], ["fork", "nobody"], ["logs", "nobody"]):
+        assert "there is no process nobody" in live.error(*words)
+
+
+def test_answers_and_values_of_every_form(live: Shell) -> None:
+    """None is null, a table is YAML, and what the last step returned is the output of a process without outputs."""
+    pid = live("launch", "flow:Talk").stdout.strip()
+    live.until(pid, lambda facts: facts["names"])
+    assert live("query", pid, "nothing").stdout == "null\n"
+    assert live("query", pid, "table").stdout == "- name: Cu\n  scales: [0.9, 1.0]\n"
+    with live.begin("launch", "flow:Talk", "--pid", pid, "--wait") as process:
+        live("send", pid, "go")
+        out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (0, "|-\n  one\n  two\n")
+    assert "\nreturned\n|-\n  one\n  two\n" in live("show", pid).stdout
+
+
+def test_a_process_between_two_attempts(live: Shell) -> None:
+    """It says which attempt failed, why, and when the next one begins; the log has the traceback."""
+    pid = live("launch", "flow:Stubborn").stdout.strip()
+    live.until(pid, lambda facts: facts["state"] == "waiting")
+    said = "attempt 1 of 3 failed (ConnectionError: no licence is free); again in 3.6e+03 s"
+    assert re.search(rf"waiting, wakes in 59 min \d+ s  run   {re.escape(said)}  ", live("list").stdout)
+    text = live("show", pid).stdout
+    assert re.search(rf"^status +{re.escape(said)}$", text, re.MULTILINE)
+    assert re.search(r"^waits for +the time ", text, re.MULTILINE)
+    log = live("logs", pid).stdout
+    assert re.match(r"\S+ \S+  ERROR   \[run\]  Traceback \(most recent call last\):\n  File \".*flow.py\", line", log)
+    assert log.endswith("ConnectionError: no licence is free\n")
+    live("kill", pid)
+
+
+def test_a_step_that_failed_pauses_and_says_what_to_do(live: Shell) -> None:
+    """show, watch, launch --wait and logs -f say why and how to go on; the doctor knows of it; and so it goes on."""
+    file = live.folder / "careful"
+    with live.begin("launch", "tests.runtime.features:Careful", f"file={file}", "--wait") as waiting:
+        assert waiting.stderr
+        lines = iter(waiting.stderr)
+        pid = next(lines).split()[1]
+        short = pid[-8:]
+        why = "the step run failed: FileNotFoundError: it is not there yet"
+        advice = f"-> `prunus logs {short}` has the traceback; mend the cause, then `prunus play {short}` tries again"
+        assert any(f"Careful  running  paused  run  {why}" in line for line in lines)
+        assert next(lines) == f"{advice}\n"
+        text = live("show", short).stdout
+        assert re.search(rf"^what to do +{re.escape(advice[3:])}$", text, re.MULTILINE)
+        findings = live("doctor").stdout
+        assert re.search(r"^warning +paused +1 process will not go on until somebody plays it$", findings, re.MULTILINE)
+        with live.begin("logs", "-f", short) as following:
+            assert following.stdout
+            assert following.stderr
+            assert next(following.stderr) == f"{short} is paused: {why}\n"
+            assert next(following.stderr) == f"{advice}\n"
+            file.touch()
+            live("play", short)
+            out, error = following.communicate(timeout=20)
+        assert (following.returncode, error) == (0, "")
+        assert "FileNotFoundError: it is not there yet" in out
+        out, _ = waiting.communicate(timeout=20)
+    assert (waiting.returncode, out) == (0, "found\n")
+
+
+def test_a_step_of_unknown_effect_is_settled(live: Shell) -> None:
+    """It is not run again by itself: it says so, and both ways to go on."""
+    pid = live("launch", "flow:Dying").stdout.strip()
+    live.until(pid, lambda facts: facts["play"] == "paused")
+    text = live("show", pid).stdout
+    assert "nobody saw it end; whether it took effect is unknown" in text
+    assert re.search(
+        rf"^what to do +`prunus play {pid[-8:]}` runs the step again, `prunus settle {pid[-8:]} \[VALUE\]`",
+        text,
+        re.MULTILINE,
+    )
+    assert live("settle", pid, "[1, No]").stdout == f"settled {pid}\n"
+    assert live.until(pid, lambda facts: facts["state"] == "finished")["value"] == [1, "No"]
+    assert "not ended" in live.error("settle", pid, "1")
+
+
+def test_what_is_set_aside_ends_the_wait_for_it(live: Shell) -> None:
+    """launch --wait, watch and logs -f say so and fail, instead of waiting for ever."""
+    elsewhere = live.folder / "apart"
+    elsewhere.mkdir()
+    (elsewhere / "broken.py").write_text("from prunus import Process\nclass Apart(Process):\n    def run(self): ...\n")
+    ended = live("launch", "broken:Apart", "--wait", below="apart", code=1)
+    said = rf"Error: process ({UUID}) is set aside: .*no module 'broken'.*\nMend the cause, then "
+    match = re.search(said, ended.stderr)
+    assert match, ended.stderr
+    pid = match[1]
+    assert ended.stderr.endswith(f"`prunus retry {pid[-8:]}`.\n")
+    for words in ["watch", pid], ["logs", "-f", pid]:
+        assert f"Mend the cause, then `prunus retry {pid[-8:]}`." in live(*words, code=1).stderr
+    assert re.search(
+        rf"^what to do +mend the cause, then `prunus retry {pid[-8:]}`$", live("show", pid).stdout, re.MULTILINE
+    )
+    assert "set aside" in live.error("resume", pid)
+    live("kill", pid)
+
+
+def test_a_watch_fails_like_what_it_watches(live: Shell) -> None:
+    """So that a script can rely on it; the reason is the last that it says."""
+    pid = live.launch("Boom")
+    ended = live("watch", pid, code=1)
+    assert ended.stderr.startswith(f"Error: process {pid} is EXCEPTED (ZeroDivisionError: no good)\n")
+    text = live("show", pid).stdout
+    assert re.search(r"^why +ZeroDivisionError: no good$", text, re.MULTILINE)
+    assert re.search(rf"^what to do +mend the cause, then `prunus retry {pid[-8:]}` goes on", text, re.MULTILINE)
+    assert "attempts.py" not in text
+
+
+def test_progress_and_log_of_a_running_step(live: Shell) -> None:
+    """show says how far it is; a log is followed to the end of its process, and one without a word says so."""
+    file = live.folder / "gate"
+    pid = live.launch_feature("Gated", f"file={file}")
+    live.until(pid, lambda facts: facts["progress"])
+    assert re.search(r"^progress +50% half of it$", live("show", pid).stdout, re.MULTILINE)
+    assert live("pause", pid, "--no-wait").stdout == f"pausing {pid}\n"
+    assert live.record(pid)["play"] == "pausing"
+    live("play", pid)
+    with live.begin("logs", "-f", pid) as process:
+        assert process.stdout
+        assert next(process.stdout).endswith("REPORT  [run]  waiting for the file\n")
+        file.touch()
+        out, error = process.communicate(timeout=20)
+    assert (process.returncode, out, error) == (0, "", "")
+    quiet = live.launch("Add", "a=1")
+    live("watch", quiet)
+    assert "said nothing yet" in live("logs", quiet).stderr
+
+
+def test_breakpoints_edits_and_forks(live: Shell) -> None:
+    """A breakpoint is a step that exists; the context is changed while it holds; a fork begins at a step on record."""
+    chain = "tests.runtime.features:Chain"
+    assert "no step 'secnd'; did you mean 'second'?" in live.error("launch", chain, "--pause-at", "secnd")
+    pid = live("launch", chain, "bad=true", "--paused", "--tag", "chained").stdout.strip()
+    assert live.record(pid)["state"] == "created"
+    assert "there is no step 'x'; there are: first, second, third" in live("pause", pid, "--at", "x", code=1).stderr
+    assert live("pause", pid, "--at", "second").stdout == f"will pause before second: {pid}\n"
+    live("play", pid, "--until", "second")
+    facts = live.until(pid, lambda facts: facts["play"] == "paused" and facts["step"] == "second")
+    assert facts["status"] == "breakpoint before the step second"
+    assert live("edit", pid, "mended=true", "text=A").stdout == f"edited {pid}\n"
+    live("play", pid)
+    assert live.until(pid, lambda facts: facts["state"] == "finished")["value"] == "Abc"
+    assert live("logs", pid).stdout.endswith("REPORT  [third]  the end is near\n")
+    table = live("fork", pid).stdout
+    assert re.fullmatch(r"step +before\n(\w+ +\S+ s ago\n)+", table)
+    assert re.findall(r"^(\w+) .*ago$", table, re.MULTILINE) == ["first", "second", "third"]
+    forked = live("fork", pid, "--at", "third", "text=x").stdout.strip()
+    assert live.until(forked, lambda facts: facts["state"] == "finished")["value"] == "xc"
+    assert "on record: first, second" in live.error("fork", pid, "--at", "x")
+    assert "None of its steps is on record" in live("fork", live("launch", chain, "--paused").stdout.strip()).stderr
+    live("kill", "--all")
+
+
+def test_the_items_of_a_fan_out(live: Shell) -> None:
+    """Found by their short form, of which their parent has the first part; of many only some are shown."""
+    pid = live.launch_feature("SumOfSquares", "count=30")
+    ended = live("watch", pid)
+    assert not re.search("Square  ", ended.stdout.replace("SumOfSquares", ""))
+    short = f"{pid[-8:]}.1.17"
+    assert live.record(short)["value"] == 289
+    assert live.record(pid[:-4])["pid"] == pid
+    assert len(live.record(pid)["children"]) == 30
+    text = live("show", pid[-8:]).stdout
+    assert "✓ 30 more finished\n30 of 30 ended\n" in text
+    assert re.search(rf"^{re.escape(short)} +Square +finished", live("list", "--all").stdout, re.MULTILINE)
+
+
+def test_a_pause_of_a_whole_family(live: Shell) -> None:
+    """--cascade takes the children too, in both directions."""
+    begun = live.folder / "nested"
+    pid = live.launch("Nest", f"begun={begun}")
+    while not begun.exists():
+        pass
+    [child] = live.record(pid)["children"]
+    live("pause", pid, "--cascade", "--no-wait")
+    live.until(child, lambda facts: facts["play"] == "pausing")
+    live("play", pid, "--cascade")
+    live.until(child, lambda facts: facts["play"] == "playing")
+    live("kill", pid, "--force")
+    live.until(child, lambda facts: facts["state"] == "killed")
+
+
+def test_a_class_is_described_without_a_daemon(shell: Shell) -> None:
+    """As Markdown, as JSON, and its outline as a diagram; no profile is needed."""
+    chain = "tests.runtime.features:Chain"
+    shell.folder.joinpath("flow.py").write_text(FLOW)
+    assert "| `second` |" in shell("describe", chain).stdout
+    assert shell("describe", chain, "--mermaid").stdout.startswith("flowchart TD\n")
+    assert list(json.loads(shell("describe", chain, "--json").stdout)["steps"]) == ["first", "second", "third"]
+    assert "`nothing()`" in shell("describe", "flow:Talk").stdout
+    assert "no module 'nowhere'" in shell.error("describe", "nowhere:X")
 
 
 def test_a_process_whose_class_is_gone_is_found_by_the_doctor(live: Shell) -> None:

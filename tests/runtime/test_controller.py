@@ -119,7 +119,7 @@ async def test_a_message_for_a_process_that_waits_for_none_is_an_error(daemon: L
     """The state and what is needed are named."""
     handle = await daemon.controller.launch(workflows.Add, {"a": 1})
     await handle.result()
-    with pytest.raises(errors.InvalidStateError, match="waiting for a message"):
+    with pytest.raises(errors.InvalidStateError, match="not ended"):
         await handle.resume(1)
 
 

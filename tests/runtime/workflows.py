@@ -8,7 +8,24 @@ import random
 from pathlib import Path
 from typing import Any, ClassVar
 
-from prunus import Process, ProcessSpec, Stop, Wait, WorkChain, append_, while_
+from prunus import (
+    Child,
+    Continue,
+    Process,
+    ProcessResult,
+    ProcessSpec,
+    RetryPolicy,
+    Stop,
+    Wait,
+    WorkChain,
+    append_,
+    message,
+    query,
+    sleep,
+    step,
+    update,
+    while_,
+)
 
 
 class Add(Process):
@@ -127,7 +144,8 @@ class Nest(WorkChain):
 class Wander(WorkChain):
     """Each step does one of the things that a step can do; `seed` says which, the same in each attempt.
 
-    Steps write their idempotency keys into `Wander.journal`. Those that are stuck end when `Wander.gate` opens.
+    Steps write their idempotency keys into `Wander.journal`. Those that are stuck end when `Wander.gate` opens. What
+    was applied to it, and the messages that it took, are in its context.
     """
 
     run_sync_steps_in = "loop"
@@ -137,6 +155,7 @@ class Wander(WorkChain):
     @classmethod
     def define(cls, spec: ProcessSpec) -> None:
         super().define(spec)
+        spec.message("note", valid_type=str)
         spec.input("seed", valid_type=int)
         spec.input("steps", valid_type=int, default=5)
         spec.input("depth", valid_type=int, default=1)
@@ -148,24 +167,180 @@ class Wander(WorkChain):
     def more(self) -> bool:
         return bool(self.ctx.taken < self.inputs.steps)
 
-    async def wander(self) -> Wait | None:
-        choice = random.Random(f"{self.inputs.seed} {self.ctx.taken}")
-        self.journal.append(self.idempotency_key)
+    async def wander(self) -> Any:
+        choice = self.chance()
         self.ctx.taken += 1
         for _ in range(choice.choice((0, 0, 1, 3, 30))):
             await asyncio.sleep(0)
-        what = choice.random()
-        if what < 0.15:
-            return Wait(msg="for a message")
-        if what < 0.3 and self.inputs.depth:
-            for _ in range(choice.randint(1, 2)):
-                inputs = {"seed": choice.getrandbits(30), "steps": 2, "depth": self.inputs.depth - 1}
-                self.to_context(children=append_(self.submit(Wander, inputs)))
-        elif what < 0.35:
+        kinds = [self.say, self.sleep, self.listen, self.wait_for_any, self.wait_for_all, self.be_stuck, self.suspend]
+        kinds += [self.fail_at_times, lambda _: None, lambda _: None, lambda _: Continue(self.flaky)]
+        kinds += [lambda _: Continue(self.pay)]
+        if self.inputs.depth:
+            kinds += [self.have_children] * 2 + [self.wait_for_several, self.fan_out]
+        done = choice.choice(kinds)(choice)
+        return await done if asyncio.iscoroutine(done) else done
+
+    def chance(self) -> random.Random:
+        """Of this step; and its key goes into the journal."""
+        self.journal.append(self.idempotency_key)
+        return random.Random(f"{self.inputs.seed} {self.idempotency_key.rpartition(':')[2]}")
+
+    # --- what a step may do -------------------------------------------------------------------------
+
+    def say(self, choice: random.Random) -> None:
+        self.report(f"step {self.ctx.taken}")
+        self.logger.warning("about %s", self.ctx.taken)
+        self.heartbeat(progress=choice.random(), detail="wandering")
+        self.set_status(f"has said {self.ctx.taken}")
+
+    def sleep(self, choice: random.Random) -> Wait:
+        return Wait(sleep(choice.choice((0.0, 0.001, 0.005))), then=choice.choice((None, self.rested)))
+
+    def listen(self, choice: random.Random) -> Wait:
+        return Wait(message("note", timeout=choice.choice((None, 0.0, 0.002, 0.01)), default=""), then=self.noted)
+
+    def wait_for_any(self, choice: random.Random) -> Wait:
+        on = {"note": message("note"), "rest": sleep(choice.choice((0.001, 0.004)))}
+        if self.inputs.depth and choice.random() < 0.5:
+            on["child"] = self.child(choice)
+        return Wait.any(**on, then=self.noted)
+
+    def wait_for_all(self, choice: random.Random) -> Wait:
+        return Wait.all(note=message("note", timeout=0.003, default=""), rest=sleep(0.001), then=self.noted)
+
+    def suspend(self, choice: random.Random) -> Wait:
+        return Wait(msg="for somebody")
+
+    async def be_stuck(self, choice: random.Random) -> None:
+        self.heartbeat(progress=0.5)
+        await self.gate.wait()
+
+    def fail_at_times(self, choice: random.Random) -> None:
+        """So often, and then no more."""
+        if self.journal.count(self.idempotency_key) <= choice.choice((1, 2, 4)):
             raise ZeroDivisionError("a step failed")
-        elif what < 0.45:
-            await self.gate.wait()
-        return None
+
+    def have_children(self, choice: random.Random) -> None:
+        for _ in range(choice.randint(1, 2)):
+            self.to_context(children=append_(self.child(choice)))
+
+    def wait_for_several(self, choice: random.Random) -> list[Wait]:
+        several = self.as_completed([self.child(choice) for _ in range(choice.randint(0, 2))], self.took)
+        several += [
+            Wait(sleep(0.002), then=self.rested),
+            Wait(message("note", timeout=0.01, default=""), then=self.noted),
+        ]
+        several += [Wait(msg="for somebody", then=self.rested)] if choice.random() < 0.3 else []
+        return choice.sample(several, choice.randint(1, len(several)))
+
+    def fan_out(self, choice: random.Random) -> Wait:
+        how = {"on_error": choice.choice(("collect", "collect", "fail")), "max_in_flight": choice.randint(1, 2)}
+        if choice.random() < 0.5:
+            return self.map(Wander, [self.item(number) for number in range(2)], then=self.gathered, **how)
+        return self.map(Wander, self.item, count=choice.randint(0, 4), then=self.gathered, **how)
+
+    def item(self, number: int) -> dict[str, int]:
+        return {"seed": self.inputs.seed + number, "steps": 1, "depth": 0}
+
+    def child(self, choice: random.Random) -> Child:
+        inputs = {"seed": choice.getrandbits(30), "steps": choice.randint(0, 2), "depth": self.inputs.depth - 1}
+        return self.submit(
+            Wander,
+            inputs,
+            pid=f"{self.idempotency_key}-{choice.getrandbits(20)}",
+            parent_close=choice.choice(("kill", "abandon", "wait")),
+            on_exception=choice.choice((None, None, "pause")),
+        )
+
+    # --- further steps ------------------------------------------------------------------------------
+
+    @step(retry=RetryPolicy(max_attempts=3, initial_interval_s=0.001, backoff=1, jitter=1))
+    async def flaky(self) -> None:
+        self.fail_at_times(self.chance())
+
+    @step(effect="once")
+    async def pay(self) -> None:
+        self.chance()
+        await asyncio.sleep(0)
+
+    async def rested(self) -> None:
+        self.chance()
+
+    async def noted(self, note: str | None = None, rest: None = None, child: Any = None) -> None:
+        self.chance()
+        if note:
+            self.ctx.notes = [*self.ctx.get("notes", ()), note]
+
+    async def took(self, result: ProcessResult) -> None:
+        self.chance()
+        self.ctx.results = [*self.ctx.get("results", ()), result.pid]
+
+    async def gathered(self, results: Any) -> None:
+        self.chance()
+        self.ctx.gathered = [result.pid async for result in results]
+
+    # --- from outside -------------------------------------------------------------------------------
+
+    @update
+    def apply(self, what: str, fails: bool = False) -> int:
+        self.ctx.applied = [*self.ctx.get("applied", ()), what]
+        if fails:
+            raise ValueError("this update fails")
+        return len(self.ctx.applied)
+
+    @query
+    def facts(self) -> dict[str, Any]:
+        return dict(self.ctx)
+
+
+class Tangle(Process):
+    """Several waits at once, each a tree of all and any of children, times and messages, and a step for each.
+
+    A tree is ``["child", n]``, ``["time", hours]``, ``["message", name, hours or None]``, ``["all", trees]`` or
+    ``["any", trees]``; those in a tree have names, ``_0``, ``_1`` ...
+    """
+
+    @classmethod
+    def define(cls, spec: ProcessSpec) -> None:
+        super().define(spec)
+        for name in ("red", "green", "blue"):
+            spec.message(name, valid_type=int)
+        spec.input("trees", valid_type=list)
+        spec.input("children", valid_type=int)
+        spec.output("ended", valid_type=dict, default=dict)
+
+    async def run(self) -> list[Wait]:
+        for number in range(self.inputs.children):
+            self.submit(Ask, pid=f"{self.pid}-{number}")
+        steps = (self.first, self.second, self.third)
+        return [Wait(on=self.wait_of(tree), then=then) for tree, then in zip(self.inputs.trees, steps, strict=False)]
+
+    def wait_of(self, tree: list[Any]) -> Any:
+        match tree:
+            case ["child", number]:
+                return f"{self.pid}-{number}"
+            case ["time", hours]:
+                return sleep(3600.0 * hours)
+            case ["message", name, hours]:
+                return message(name, timeout=None if hours is None else 3600.0 * hours, default=-1)
+            case ["all" | "any" as kind, trees]:
+                named = {f"_{number}": self.wait_of(part) for number, part in enumerate(trees)}
+                return Wait.all(**named) if kind == "all" else Wait.any(**named)
+            case _:
+                raise ValueError(tree)
+
+    async def first(self, *values: Any, **named: Any) -> None:
+        self.note("first", values, named)
+
+    async def second(self, *values: Any, **named: Any) -> None:
+        self.note("second", values, named)
+
+    async def third(self, *values: Any, **named: Any) -> None:
+        self.note("third", values, named)
+
+    def note(self, name: str, values: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ended = dict(self.outputs.get("ended", {}))
+        self.out("ended", {**ended, name: [*ended.get(name, ()), named or list(values)]})
 
 
 class Journal(WorkChain):

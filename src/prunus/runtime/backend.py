@@ -10,6 +10,7 @@ told too early or forgotten.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +29,9 @@ RUN_LANE = DEFAULT_QUEUE
 CONTROL_LANE = "control"
 """Tasks for processes that nobody holds and that have a letter: never behind long work (G10)."""
 
-ANSWERED, SET_ASIDE, REVIVED = "answered", "set_aside", "revived"
-"""Subjects of broadcasts that are no transitions: letters were dealt with; the process was set aside, or is back."""
+ANSWERED, SET_ASIDE, REVIVED, PROGRESS, MAIL = "answered", "set_aside", "revived", "progress", "mail"
+"""Subjects of broadcasts that are no transitions: letters were dealt with; the process was set aside, or is back; its
+running step said something; it got mail."""
 
 STATISTICS_REQUEST = b"statistics"
 _PLAY_STATES = frozenset(state.value for state in PlayState)
@@ -41,11 +43,20 @@ def letter_subject(owner: str) -> str:
 
 
 class ProcessService:
-    """The process store as the service behind a broker: who became runnable or called gets a task, in that commit."""
+    """The process store as the service behind a broker: who became runnable or called gets a task, in that commit.
 
-    def __init__(self, store: ProcessStore, broker_statistics: Callable[[], dict[str, Any]] = dict) -> None:
+    Its timers are those of the processes, by the wall `clock` (seconds since 1970).
+    """
+
+    def __init__(
+        self,
+        store: ProcessStore,
+        broker_statistics: Callable[[], dict[str, Any]] = dict,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._store = store
         self._broker_statistics = broker_statistics
+        self._clock = clock
         self.refuse_new: str | None = None
         """The path of the database whose disk is full: nothing new is created then, everything else goes on ..."""
         self.refuse_changes: str | None = None
@@ -71,6 +82,15 @@ class ProcessService:
     def left(self, session: str) -> tuple[NewTask, ...]:
         """`session` is gone for good: what it held goes to others, and letters need not wait for that."""
         return tasks_for(self._store.release_all(session))
+
+    def due(self) -> float | None:
+        """The seconds until a process is to be woken by its timer, 0 or less if that is late."""
+        wake_at = self._store.next_wake()
+        return None if wake_at is None else wake_at - self._clock()
+
+    def tick(self) -> tuple[NewTask, ...]:
+        """Wake those whose time has come, many at once."""
+        return tasks_for(self._store.fire_timers(self._clock()))
 
 
 class Backend:
@@ -126,6 +146,10 @@ def news_of(request: requests.Request) -> tuple[NewBroadcast, ...]:
     match request:
         case requests.SaveRequest(save):
             return tuple(NewBroadcast(sender=save.pid, subject=subject) for subject in _subjects(save))
+        case requests.NoteRequest(note):
+            return (NewBroadcast(sender=note.pid, subject=PROGRESS),)
+        case requests.SendRequest(pid=pid):
+            return (NewBroadcast(sender=pid, subject=MAIL),)
         case requests.SetAsideRequest(pid=pid):
             return (NewBroadcast(sender=pid, subject=SET_ASIDE),)
         case requests.ReviveRequest(pid=pid):
@@ -140,7 +164,7 @@ def _subjects(save: Save) -> list[str]:
         kind = "play" if event.subject.partition(".")[0] in _PLAY_STATES else "state"
         subjects.append(f"{kind}_changed.{event.subject}")
     # Whoever waits for an answer looks at the row; most transitions are no answer, but then this costs one look.
-    return subjects or [ANSWERED]
+    return [*subjects, ANSWERED] if save.replies or not subjects else subjects
 
 
 def broker_counts(statistics: ExchangeStatistics) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from prunus.persistence.persister import Record
-    from prunus.processes import ProcessResult
+    from prunus.persistence.persister import LogLine, Record
+    from prunus.processes import Process, ProcessResult
     from prunus.runtime.controller import ProcessController, ProcessHandle
     from prunus.runtime.profile import Profile
 
@@ -29,6 +29,8 @@ INTERRUPTED = 130
 PATIENCE_S = 2.0
 """A command that takes longer says what it waits for."""
 FOLLOW_INTERVAL_S = 0.2
+MAX_LINES_SHOWN = 40
+"""Of inputs, outputs and a history, each, on a terminal."""
 
 
 @dataclass
@@ -303,45 +305,56 @@ def logs(options: Options, name: str | None, follow: bool, lines: int) -> None:
 @click.option("--pid", help="The pid to give it. If it exists already, nothing is launched again.")
 @click.option("--tag", "tags", multiple=True, help="A tag to find it by; may be given often.")
 @click.option("--wait", is_flag=True, help="Show its progress, wait for its end and print its outputs.")
+@click.option("--on-exception", type=click.Choice(["fail", "pause"]), help="What becomes of it when a step raises (else as its class says).")  # fmt: skip  # noqa: E501
+@click.option("--paused", is_flag=True, help="It waits to be played before its first step.")
+@click.option("--pause-at", metavar="STEP", help="It pauses before it takes this step.")
 @click.pass_obj
 def launch(
-    options: Options, process_class: str, inputs: tuple[str, ...], pid: str | None, tags: tuple[str, ...], wait: bool
+    options: Options,
+    process_class: str,
+    inputs: tuple[str, ...],
+    pid: str | None,
+    tags: tuple[str, ...],
+    wait: bool,
+    on_exception: Any,
+    paused: bool,
+    pause_at: str | None,
 ) -> None:
     """Have a process run by the workers, and print its pid.
 
     Values are YAML: x=1, name=Cu, scales=[0.98,1.0]. key=@file.yaml reads a file, a.b=1 sets b in the namespace a.
     """
     from prunus.processes.loading import load_class
-    from prunus.runtime.inputs import read_inputs
 
-    try:
-        values = read_inputs(inputs)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+    values = _read_inputs(inputs)
     profile = options.find_profile()
     _import_like_workers(profile)
     loaded = load_class(process_class, profile.config.modules)
     loaded(values, tags=tags)  # wrong inputs are told at once, whether a daemon runs or not
+    _check_step("--pause-at", loaded, pause_at)
     _warn_if_workers_lack(loaded, profile)
 
-    async def go(controller: ProcessController) -> ProcessResult | None:
+    async def go(controller: ProcessController) -> tuple[Record, ProcessResult | None] | None:
         from prunus.runtime import display, watch
 
-        handle = await controller.launch(loaded, values, pid=pid, tags=tags)
+        handle = await controller.launch(
+            loaded, values, pid=pid, tags=tags, on_exception=on_exception, paused=paused, pause_at=pause_at
+        )
         if not wait:
             click.echo(handle.pid)
             return None
         click.echo(f"launched {handle.pid}", err=True)
         try:
-            await watch.watch_family(controller, handle.pid, display.console(stderr=True))
+            record = await watch.watch_family(controller, handle.pid, display.console(stderr=True))
         except asyncio.CancelledError:
             click.echo(f"\nIt goes on without us: prunus watch {display.short(handle.pid)}", err=True)
             raise
-        return await handle.outcome()
+        return record, await handle.outcome()
 
-    result = _with_controller(options, go)
-    if result is not None:
-        _print_result(result)
+    end = _with_controller(options, go)
+    if end is not None:
+        _print_outputs(end[1])
+        _fail_with(*end)
 
 
 @cli.command("list")
@@ -416,36 +429,62 @@ def show(options: Options, pid: str, checkpoint: bool, as_json: bool) -> None:
 def watch(options: Options, pid: str | None) -> None:
     """Watch a process, or all, as they change.
 
-    With PID: it and its children, until it has ended. Without: all processes, until Ctrl-C.
+    With PID: it and its children, until it has ended. The exit code is 1 if it failed, was killed, or was set aside.
+    Without: all processes, until Ctrl-C.
     """
     from prunus.runtime import display, watch
 
-    async def look(controller: ProcessController) -> None:
+    async def look(controller: ProcessController) -> tuple[Record, ProcessResult | None] | None:
         if pid is None:
             await watch.watch_all(controller, display.console())
-        else:
-            await watch.watch_family(controller, (await _find(controller, pid)).pid, display.console())
+            return None
+        handle = await _find(controller, pid)
+        return await watch.watch_family(controller, handle.pid, display.console()), await handle.outcome()
 
-    _with_controller(options, look)
+    _import_like_workers(options.find_profile())
+    end = _with_controller(options, look)
+    if end is not None:
+        _fail_with(*end)
 
 
 _pids = click.argument("pids", metavar="PID...", nargs=-1)
 _all = click.option("-a", "--all", "everything", is_flag=True, help="All that it applies to.")
+_cascade = click.option("-c", "--cascade", is_flag=True, help="Also all below them.")
 
 
 @cli.command()
 @_pids
 @_all
 @click.option("-m", "--message", help="Why; it is kept in the history.")
+@_cascade
+@click.option("--no-wait", is_flag=True, help="Do not wait for the end of the steps that run.")
+@click.option("--at", metavar="STEP", help="A breakpoint: not now, but before it takes this step.")
 @click.pass_obj
-def pause(options: Options, pids: tuple[str, ...], everything: bool, message: str | None) -> None:
+def pause(
+    options: Options,
+    pids: tuple[str, ...],
+    everything: bool,
+    message: str | None,
+    cascade: bool,
+    no_wait: bool,
+    at: str | None,
+) -> None:
     """Stop processes between two steps, until they are played."""
+    if at is not None and (everything or cascade or message):
+        raise click.UsageError("--at goes with PID..., and not with --all, --cascade or --message")
+
+    async def one(handle: ProcessHandle) -> None:
+        await _check_step_of("--at", handle, at)
+        await handle.pause(message, quiesced=not no_wait, cascade=cascade, at=at)
+
+    _import_like_workers(options.find_profile())
+    done = "paused" if not no_wait else "pausing"
     _control(
         options,
-        "paused",
+        done if at is None else f"will pause before {at}:",
         pids,
         everything,
-        lambda handle: handle.pause(message),
+        one,
         lambda controller: controller.pause_all(message),
     )
 
@@ -453,17 +492,20 @@ def pause(options: Options, pids: tuple[str, ...], everything: bool, message: st
 @cli.command()
 @_pids
 @_all
+@_cascade
+@click.option("--until", metavar="STEP", help="They pause again before they take this step.")
 @click.pass_obj
-def play(options: Options, pids: tuple[str, ...], everything: bool) -> None:
+def play(options: Options, pids: tuple[str, ...], everything: bool, cascade: bool, until: str | None) -> None:
     """Let paused processes go on."""
-    _control(
-        options,
-        "playing",
-        pids,
-        everything,
-        lambda handle: handle.play(),
-        lambda controller: controller.play_all(),
-    )
+    if until is not None and everything:
+        raise click.UsageError("--until goes with PID..., and not with --all")
+
+    async def one(handle: ProcessHandle) -> None:
+        await _check_step_of("--until", handle, until)
+        await handle.play(cascade=cascade, pause_at=until)
+
+    _import_like_workers(options.find_profile())
+    _control(options, "playing", pids, everything, one, lambda controller: controller.play_all())
 
 
 @cli.command()
@@ -489,14 +531,181 @@ def kill(options: Options, pids: tuple[str, ...], everything: bool, force: bool,
 @click.argument("value", required=False)
 @click.pass_obj
 def resume(options: Options, pid: str, value: str | None) -> None:
-    """Continue a process that waits for a message, with VALUE (YAML)."""
-    from prunus.runtime.inputs import read_value
+    """Continue a suspended process, with VALUE (YAML)."""
+    given = () if value is None else (_read_value("VALUE", value),)
+
+    async def one(handle: ProcessHandle) -> None:
+        from prunus.errors import InvalidStateError
+        from prunus.runtime.display import how_to_continue
+
+        try:
+            await handle.resume(*given)
+        except InvalidStateError as error:
+            hint = how_to_continue(await handle.record())
+            raise InvalidStateError(error.state, f"{error.needed} ({hint})") if hint else error from None
+
+    _control(options, "resumed", (pid,), False, one, None)
+
+
+@cli.command()
+@click.argument("pid")
+@click.argument("message")
+@click.argument("value", required=False)
+@click.pass_obj
+def send(options: Options, pid: str, message: str, value: str | None) -> None:
+    """Send a process a message that its class declares.
+
+    MESSAGE is its name, VALUE is YAML. It is kept until the process waits for it.
+    """
+    read = None if value is None else _read_value("VALUE", value)
+    _import_like_workers(options.find_profile())
+    _control(options, "sent to", (pid,), False, lambda handle: handle.send(message, read), None)
+
+
+@cli.command()
+@click.argument("pid")
+@click.argument("name")
+@click.argument("arguments", metavar="[KEY=VALUE]...", nargs=-1)
+@click.pass_obj
+def query(options: Options, pid: str, name: str, arguments: tuple[str, ...]) -> None:
+    """Ask a process a question, and print the answer.
+
+    NAME is one of the queries of its class; values and the answer are YAML.
+    """
+    _ask(options, pid, arguments, lambda handle, values: handle.query(name, **values))
+
+
+@cli.command()
+@click.argument("pid")
+@click.argument("name")
+@click.argument("arguments", metavar="[KEY=VALUE]...", nargs=-1)
+@click.pass_obj
+def update(options: Options, pid: str, name: str, arguments: tuple[str, ...]) -> None:
+    """Change a process by one of its updates.
+
+    NAME is one of the updates of its class. The answer is printed when the change is durable; all values are YAML.
+    """
+    _ask(options, pid, arguments, lambda handle, values: handle.update(name, **values))
+
+
+@cli.command()
+@click.argument("pid")
+@click.argument("values", metavar="KEY=VALUE...", nargs=-1, required=True)
+@click.pass_obj
+def edit(options: Options, pid: str, values: tuple[str, ...]) -> None:
+    """Set names in the context of a work chain.
+
+    It takes effect between two of its steps, and its history says so. Values are YAML.
+    """
+    read = _read_inputs(values)
+    _control(options, "edited", (pid,), False, lambda handle: handle.edit_context(**read), None)
+
+
+@cli.command()
+@click.argument("pid")
+@click.argument("value", required=False)
+@click.pass_obj
+def settle(options: Options, pid: str, value: str | None) -> None:
+    """Say that a step of unknown effect took place.
+
+    VALUE (YAML) is what it returned. For a process that is paused because its worker died in a step with effect="once".
+    """
+    read = None if value is None else _read_value("VALUE", value)
+    _control(options, "settled", (pid,), False, lambda handle: handle.settle(read), None)
+
+
+@cli.command()
+@click.argument("pid")
+@click.option("--at", "step", metavar="STEP", help="The step to go on with; without it the steps on record are listed.")
+@click.argument("changes", metavar="[KEY=VALUE]...", nargs=-1)
+@click.pass_obj
+def fork(options: Options, pid: str, step: str | None, changes: tuple[str, ...]) -> None:
+    """Start a new process from a step of another one.
+
+    Its pid is printed. KEY=VALUE changes the context.
+    """
+    import time
+
+    from prunus.runtime import display
+
+    values = _read_inputs(changes)
+    if step is None and values:
+        raise click.UsageError(f"`--at STEP` is missing: where to go on; `prunus fork {pid}` lists the steps on record")
+
+    async def go(controller: ProcessController) -> None:
+        handle = await _find(controller, pid)
+        if step is not None:
+            click.echo((await handle.fork(step, **values)).pid)
+            return
+        last = {past.step: past.at for past in await handle.steps()}  # a fork goes on from the last time
+        if not last:
+            click.echo("None of its steps is on record.", err=True)
+            return
+        table, now = display.plain_table("step", "before"), time.time()
+        for name, at in sorted(last.items(), key=lambda each: each[1]):
+            table.add_row(name, f"{display.span(now - at)} ago")
+        display.show(display.console(), table)
+
+    _import_like_workers(options.find_profile())
+    _with_controller(options, go)
+
+
+@cli.command("logs")
+@click.argument("pid")
+@click.option("-f", "--follow", is_flag=True, help="Go on until it has ended, or Ctrl-C.")
+@click.option("-n", "--lines", type=click.IntRange(1, 1000), default=100, show_default=True, help="The last so many.")
+@click.pass_obj
+def logs_(options: Options, pid: str, follow: bool, lines: int) -> None:
+    """What a process has said, and why its steps failed."""
+    from prunus.runtime import display, watch
+
+    colours = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
+
+    def say(line: LogLine) -> None:
+        click.secho(display.log_line(line), fg=colours.get(line.level))
+
+    def paused(trouble: display.Trouble) -> None:
+        click.echo(display.trouble_text(trouble).plain, err=True)
+
+    async def look(controller: ProcessController) -> Record:
+        handle = await _find(controller, pid)
+        said = await handle.log(last=lines)
+        for line in said:
+            say(line)
+        if follow:
+            async for line in watch.follow_log(controller, handle, said[-1].seq if said else 0, paused):
+                say(line)
+        elif not said:
+            click.echo("It has said nothing yet.", err=True)
+        return await handle.record()
+
+    record = _with_controller(options, look)
+    if follow and not record.is_terminal:
+        _fail_with(record, None)
+
+
+@cli.command()
+@click.argument("process_class", metavar="pkg.mod:Class")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--mermaid", "as_mermaid", is_flag=True, help="Its outline as a Mermaid diagram.")
+@click.pass_obj
+def describe(options: Options, process_class: str, as_json: bool, as_mermaid: bool) -> None:
+    """What a process class takes, gives and does."""
+    from prunus.errors import ProfileError
+    from prunus.processes import load_class
+    from prunus.processes.describe import as_markdown, describe
+    from prunus.processes.describe import as_mermaid as draw
+    from prunus.runtime import display
 
     try:
-        read = None if value is None else read_value(value)
-    except ValueError as error:
-        raise click.UsageError(f"VALUE: {error}") from error
-    _control(options, "resumed", (pid,), False, lambda handle: handle.resume(read), None)
+        _import_like_workers(options.find_profile())
+    except ProfileError:  # a class can be described without any
+        sys.path.insert(0, str(Path.cwd()))
+    description = describe(load_class(process_class))
+    if as_json:
+        click.echo(display.as_json(description))
+    else:
+        click.echo((draw(description) if as_mermaid else as_markdown(description)).rstrip())
 
 
 @cli.command()
@@ -539,8 +748,9 @@ def tasks(options: Options, as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--check-checkpoints", is_flag=True, help="Load every live process with the code as it is now.")
 @click.pass_obj
-def doctor(options: Options) -> None:
+def doctor(options: Options, check_checkpoints: bool) -> None:
     """Say what is wrong, and what to do.
 
     The exit code is 1 if something is wrong.
@@ -554,7 +764,9 @@ def doctor(options: Options) -> None:
 
     async def look() -> bool:
         is_well = True
-        async for finding in examine(options.find_profile):
+        if check_checkpoints:
+            _import_like_workers(options.find_profile())
+        async for finding in examine(options.find_profile, check_checkpoints=check_checkpoints):
             is_well = is_well and finding.level != "problem"
             click.echo(f"{marks[finding.level]} {finding.subject:<10} {finding.text}")
             if finding.advice:
@@ -600,7 +812,10 @@ def _run(work: Coroutine[Any, Any, T], waiting_for: str) -> T:
 
 
 async def _find(controller: ProcessController, text: str) -> ProcessHandle:
-    """The process whose pid is `text`, or the only one whose pid ends or begins with it."""
+    """The process whose pid is `text`, or the only one whose pid ends or begins with it.
+
+    The items of a fan-out, whose pids begin with that of their parent, do not make the parent ambiguous.
+    """
     from prunus.errors import CheckpointNotFoundError
     from prunus.persistence.persister import QUERY_LIMIT, Query
     from prunus.runtime.display import class_name
@@ -620,11 +835,12 @@ async def _find(controller: ProcessController, text: str) -> ProcessHandle:
         before = rows[-1].pid
     if not text or not found:
         raise CheckpointNotFoundError(text)
-    if len(found) > 1:
+    family = [row for row in found if all(each.pid.startswith(f"{row.pid}.") for each in found if each is not row)]
+    if len(found) > 1 and not family:
         shown = "".join(f"\n  {row.pid}  {class_name(row.class_id)}, {row.state}" for row in found[:10])
         more = f"\n  and {len(found) - 10} more" if len(found) > 10 else ""
         raise click.ClickException(f"{text!r} is the end or the beginning of {len(found)} pids:{shown}{more}")
-    return controller.handle(found[0].pid)
+    return controller.handle((family or found)[0].pid)
 
 
 def _control(
@@ -672,41 +888,118 @@ def _control(
         sys.exit(1)
 
 
+async def _check_step_of(option: str, handle: ProcessHandle, step: str | None) -> None:
+    """Refuse a step that the class of a process does not have, as far as the class can be imported here."""
+    import contextlib
+
+    from prunus.errors import ProcessClassNotFoundError
+    from prunus.processes import load_class
+
+    if step is not None:
+        with contextlib.suppress(ProcessClassNotFoundError):
+            _check_step(option, load_class((await handle.record()).class_id), step)
+
+
+def _check_step(option: str, process_class: type[Process], step: str | None) -> None:
+    """Refuse a step that a class does not have: nobody would ever stop there."""
+    import difflib
+
+    from prunus.errors import InvalidInputError
+    from prunus.processes import Process
+    from prunus.processes.describe import describe
+
+    if step is None:
+        return
+    description = describe(process_class)
+    names = list(description["steps"])
+    is_method = callable(getattr(process_class, step, None)) and not hasattr(Process, step)
+    if step in names or (is_method and not description["outline"]):
+        return
+    near = difflib.get_close_matches(step, names, 1)
+    known = f"there are: {', '.join(names)}" if description["outline"] else "it must be the name of a method"
+    hint = f"did you mean {near[0]!r}?" if near else known
+    raise InvalidInputError(process_class.__qualname__, {option: f"there is no step {step!r}; {hint}"})
+
+
+def _read_value(what: str, text: str) -> Any:
+    from prunus.runtime.inputs import read_value
+
+    try:
+        return read_value(text)
+    except ValueError as error:
+        raise click.UsageError(f"{what}: {error}") from error
+
+
+def _read_inputs(words: Sequence[str]) -> dict[str, Any]:
+    from prunus.runtime.inputs import read_inputs
+
+    try:
+        return read_inputs(words)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _ask(
+    options: Options,
+    pid: str,
+    arguments: Sequence[str],
+    ask: Callable[[ProcessHandle, dict[str, Any]], Awaitable[Any]],
+) -> None:
+    """Ask a process something, and print the answer."""
+    values = _read_inputs(arguments)
+
+    async def go(controller: ProcessController) -> Any:
+        return await ask(await _find(controller, pid), values)
+
+    _import_like_workers(options.find_profile())
+    click.echo(_yaml_document(_with_controller(options, go)))
+
+
 async def _show(controller: ProcessController, handle: ProcessHandle, as_json: bool) -> None:
     import time
 
     from prunus.runtime import display, watch
 
-    family = await watch.read_family(controller, handle.pid)
     record = await handle.record()
     result = await handle.outcome()
     history = await handle.history()
-    inputs = _inputs_of(record)
-    outputs = result.to_data()["outputs"] if result else None
+    inputs = display.snapshot_of(record).get("inputs")
+    data = result.to_data() if result else {}
     if as_json:
+        children, _ = await watch.read_children(controller, handle.pid)
         facts = display.record_as_data(record) | {
             "inputs": inputs,
-            "children": [child.record.pid for child in family.children],
+            "children": [child.pid for child in children],
             "history": history,
-            "outputs": outputs,
+            "outputs": data.get("outputs"),
+            "value": data.get("value"),
             "exit_status": result.exit_status if result else None,
             "exit_message": result.exit_message if result else None,
             "failure": result.failure if result else None,
         }
         click.echo(display.as_json(facts))
         return
+    family = await watch.read_family(controller, handle.pid)
     console, now = display.console(), time.time()
+    trouble = display.trouble(record, history)
     status = result.exit_status if result else None
     facts_shown = {
         "pid": record.pid,
         "class": record.class_id,
         "state": display.state(record),
         "exit status": f"{status}  {result.exit_message or ''}".rstrip() if result and status is not None else None,
-        "why": result.exit_message if result and status is None else None,
+        "why": trouble.why
+        if trouble and record.is_terminal
+        else result.exit_message
+        if result and not status
+        else None,
         "set aside": record.aside if not record.is_terminal else None,
         "status": record.status,
+        "what to do": (trouble.advice if trouble else display.how_to_continue(record)),
         "next step": record.step if not record.is_terminal else None,
-        "waits for": ", ".join(map(display.short, record.waits)) or None,
+        "progress": display.progress_text(record) or None,
+        "waits for": display.awaited(record, now) or None,
+        "messages": f"{record.mail} not used yet" if record.mail else None,
         "held by": display.peer(record.owner) or None,
         "parent": record.parent,
         "tags": ", ".join(record.tags) or None,
@@ -722,46 +1015,67 @@ async def _show(controller: ProcessController, handle: ProcessHandle, as_json: b
         display.show(console, body)
 
     if inputs:
-        section("inputs", display.as_yaml(inputs))
-    if outputs:
-        section("outputs", display.as_yaml(outputs))
+        section("inputs", _shortened(display.as_yaml(inputs), console.is_terminal))
+    if data.get("outputs"):
+        section("outputs", _shortened(display.as_yaml(data["outputs"]), console.is_terminal))
+    if data.get("value") is not None:
+        section("returned", _shortened(_yaml_document(data["value"]), console.is_terminal))
     if result and result.failure:
         section("failure", _failure_text(result.failure))
-    if family.children:
-        from rich.console import Group
-
-        utf8 = watch.is_utf8(console)
-        section("children", Group(*(display.family_tree(child, now, utf8=utf8) for child in family.children)))
+    if family.own_children():
+        section("children", display.children_tree(family, now, utf8=watch.is_utf8(console)))
     if history:
-        section("history", display.history_table(history))
+        shown = history[-MAX_LINES_SHOWN:] if console.is_terminal else history
+        more = f", the last {len(shown)} of {len(history)} events" if len(shown) < len(history) else ""
+        section(f"history{more}", display.history_table(shown))
 
 
-def _print_result(result: ProcessResult) -> None:
+def _shortened(text: str, is_terminal: bool) -> str:
+    """The beginning of a long text, for who looks at a terminal."""
+    lines = text.splitlines()
+    if not is_terminal or len(lines) <= MAX_LINES_SHOWN:
+        return text
+    hidden = len(lines) - MAX_LINES_SHOWN
+    return "\n".join([*lines[:MAX_LINES_SHOWN], f"... {hidden} more lines; in a pipe (`| less`) nothing is left out"])
+
+
+def _yaml_document(value: Any) -> str:
+    """Any value as YAML; a single number or word without the mark that ends its document."""
     from prunus.runtime import display
 
-    if result.outputs:
-        click.echo(display.as_yaml(result.to_data()["outputs"]))
+    return display.as_yaml(value).removesuffix("\n...")
+
+
+def _print_outputs(result: ProcessResult | None) -> None:
+    from prunus.runtime import display
+
+    if result is None:
+        return
+    data = result.to_data()
+    if data["outputs"]:
+        click.echo(display.as_yaml(data["outputs"]))
+    elif data["value"] is not None:
+        click.echo(_yaml_document(data["value"]))
+
+
+def _fail_with(record: Record, result: ProcessResult | None) -> None:
+    """The exit code and the last words of a command that waited for the end of a process."""
+    from prunus.runtime.display import short
+
+    pid = short(record.pid)
+    if result is None:
+        raise click.ClickException(
+            f"process {record.pid} is set aside: {record.aside}\nMend the cause, then `prunus retry {pid}`."
+        )
     if not result.successful:
-        hint = f"\n`prunus show {display.short(result.pid)}` shows more." if result.failure else ""
+        hint = f"\n`prunus show {pid}` shows more." if result.failure else ""
         raise click.ClickException(f"{result}{hint}")
 
 
-def _inputs_of(record: Record) -> dict[str, Any] | None:
-    """Its inputs, as far as they can be read here: the types of their values may be missing."""
-    from prunus.errors import PrunusError
-    from prunus.persistence.checkpoint import decode_checkpoint
-
-    if record.checkpoint is None:
-        return None
-    try:
-        inputs = decode_checkpoint(record.checkpoint).snapshot()["inputs"]
-    except (PrunusError, KeyError):
-        return None
-    return dict(inputs)
-
-
 def _failure_text(failure: Any) -> str:
-    text = failure.traceback.rstrip() or str(failure)
+    from prunus.runtime.display import without_our_frames
+
+    text = without_our_frames(failure.traceback).rstrip() or str(failure)
     return f"{_failure_text(failure.cause)}\n\nThe cause of:\n\n{text}" if failure.cause else text
 
 

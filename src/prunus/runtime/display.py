@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +21,25 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from prunus.persistence.persister import Event, Record
+from prunus.errors import PrunusError
+from prunus.persistence.checkpoint import decode_checkpoint
+from prunus.persistence.persister import Event, LogLine, Record
+from prunus.processes import waits
 
+UUID_LENGTH = 36
 SHORT = 8
 """How many characters of a pid are shown."""
+BAR_WIDTH = 12
+"""How many characters long a bar is."""
 MAX_CHILDREN_SHOWN = 12
-"""Of more children, those that are done are only counted."""
+"""Of more children those are shown that people want to see, and the others are only counted."""
+MIN_FAILED_SHOWN = 4
+"""So many of them may be failed ones, also if others run."""
+YAML_WIDTH = 90
 UNBOUNDED_WIDTH = 10_000
+
+_TRACEBACK = "Traceback (most recent call last):\n"
+_OUR_FRAMES = re.compile(r'(?:  File "[^"]*[/\\]prunus[/\\]processes[/\\]\w+\.py", line .*\n(?:    .*\n)*)+')
 
 _STYLES = {
     "created": "dim",
@@ -42,16 +55,49 @@ _PLAIN_GLYPHS = {"created": ".", "running": ">", "waiting": "-", "finished": "+"
 
 @dataclass(frozen=True)
 class Family:
-    """A process and all that it submitted, oldest first."""
+    """A process and those that it submitted, oldest first."""
 
     record: Record
     children: tuple[Family, ...] = ()
+    """Those that are shown, each with its own children; ..."""
+    others: tuple[Record, ...] = ()
+    """... and those that are only counted."""
+    to_come: int = 0
+    """How many children its fan-outs have yet to begin."""
+    is_cut: bool = False
+    """There are more children than were read. Those that were not read have ended."""
 
     def members(self) -> Iterable[Record]:
-        """All rows, parents before children."""
+        """All rows that are shown, parents before children."""
         yield self.record
         for child in self.children:
             yield from child.members()
+
+    def own_children(self) -> list[Record]:
+        """The rows of its children, shown or not."""
+        return [*(child.record for child in self.children), *self.others]
+
+    @property
+    def unread(self) -> int:
+        """How many children were not read, as far as the numbers of the items of a fan-out tell."""
+        if not self.is_cut:
+            return 0
+        numbers: dict[str, list[int]] = {}
+        for child in self.own_children():
+            prefix, _, number = child.pid.rpartition(".")
+            if re.fullmatch(rf"{re.escape(self.record.pid)}\.[0-9]+", prefix) and number.isdecimal():
+                numbers.setdefault(prefix, []).append(int(number))
+        return sum(max(found) + 1 - len(found) for found in numbers.values())
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A process that does not go on by itself."""
+
+    record: Record
+    why: str
+    advice: str
+    """What a person can do."""
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -72,8 +118,9 @@ def show(console: Console, what: RenderableType, style: str | None = None) -> No
 
 
 def short(pid: str) -> str:
-    """A pid as people see it: the end of a UUID, any other as it is."""
-    return pid[-SHORT:] if len(pid) == 36 else pid
+    """A pid as people see it: the end of a UUID (with the number of an item of a fan-out), any other as it is."""
+    uuid, dot, item = pid.partition(".")
+    return f"{uuid[-SHORT:]}{dot}{item}" if len(uuid) == UUID_LENGTH else pid
 
 
 def peer(session: str | None) -> str:
@@ -109,31 +156,159 @@ def lifetime(record: Record, now: float) -> str:
     return span((record.updated_at if record.is_terminal else now) - record.created_at)
 
 
-def state(record: Record) -> Text:
-    """Its state, and what keeps it from going on."""
+def state(record: Record, now: float | None = None) -> Text:
+    """Its state, and what keeps it from going on; with `now` also how long its timer has to go."""
     text = Text(record.state, _STYLES.get(record.state, ""))
-    if not record.is_terminal:
-        if record.aside is not None:
-            text.append(", set aside", "bold red")
-        elif record.play != "playing":
-            text.append(f", {record.play}", "yellow")
+    if record.is_terminal:
+        return text
+    if record.aside is not None:
+        return text.append(", set aside", "bold red")
+    if record.play != "playing":
+        return text.append(f", {record.play}", "yellow")
+    if now is not None and record.wake_at is not None:
+        text.append(f", wakes in {span(record.wake_at - now)}")
     return text
 
 
 def situation(record: Record) -> str:
-    """What it says of itself, or why it does not go on."""
+    """What it says of itself, or why it does not go on. It changes only if the row does."""
     if record.aside is not None and not record.is_terminal:
         return _one_line(record.aside)
     if record.status:
         return _one_line(record.status)
-    if record.waits and not record.is_terminal:
-        return f"waits for {len(record.waits)} other{'s' if len(record.waits) > 1 else ''}"
+    if not record.is_terminal and (record.waits or record.names):
+        return f"waits for {awaited(msgspec.structs.replace(record, wake_at=None), 0.0)}"
     return ""
+
+
+def awaited(record: Record, now: float) -> str:
+    """What it waits for."""
+    parts = []
+    if record.waits:
+        one = f"process {short(record.waits[0])}"
+        parts.append(one if len(record.waits) == 1 else f"{len(record.waits)} processes")
+    if record.names:
+        parts.append(f"the message{'s' * (len(record.names) > 1)} {', '.join(record.names)}")
+    if record.wake_at is not None:
+        parts.append(f"the time {moment(record.wake_at)} (in {span(record.wake_at - now)})")
+    return ", ".join(parts)
+
+
+def trouble(record: Record, history: Sequence[Event]) -> Trouble | None:
+    """Why a process does not go on by itself, and what to do. `record` is as `load` gives it."""
+    pid = short(record.pid)
+    if record.state == "excepted":
+        why = next((event.note for event in reversed(history) if event.subject.endswith(".excepted")), None)
+        advice = f"mend the cause, then `prunus retry {pid}` goes on from its last good checkpoint"
+        return Trouble(record, why or "a step failed", advice)
+    if record.is_terminal:
+        return None
+    if record.aside is not None:
+        return Trouble(record, record.aside, f"mend the cause, then `prunus retry {pid}`")
+    if record.play != "paused":
+        return None
+    pause = max((number for number, event in enumerate(history) if event.subject.endswith(".paused")), default=0)
+    if snapshot_of(record).get("state", {}).get("effect") == "unknown":
+        advice = f"`prunus play {pid}` runs the step again, `prunus settle {pid} [VALUE]` says what it returned"
+    elif pause and history[pause - 1].subject == "failed":
+        advice = f"`prunus logs {pid}` has the traceback; mend the cause, then `prunus play {pid}` tries again"
+    else:
+        advice = f"`prunus play {pid}` lets it go on"
+    return Trouble(record, record.status or "", advice)
+
+
+def how_to_continue(record: Record) -> str | None:
+    """What makes a process go on that is held, or waits for somebody."""
+    pid = short(record.pid)
+    if record.is_terminal:
+        return None
+    if record.aside is not None:
+        return f"`prunus retry {pid}` continues what is set aside"
+    if record.play != "playing":
+        return f"`prunus play {pid}` lets it go on"
+    if record.names:
+        return " or ".join(f"`prunus send {pid} {name} [VALUE]`" for name in record.names) + " sends what it waits for"
+    return None
+
+
+def snapshot_of(record: Record) -> dict[str, Any]:
+    """Its last checkpoint as plain data, as far as it can be read here: the types of its values may be missing."""
+    if record.checkpoint is None:
+        return {}
+    try:
+        return decode_checkpoint(record.checkpoint).snapshot()
+    except PrunusError:
+        return {}
+
+
+def still_to_begin(record: Record) -> int:
+    """How many children its fan-outs have yet to begin."""
+    if record.state != "waiting":
+        return 0
+    pending = snapshot_of(record).get("state", {}).get("pending", ())
+    conditions = [waits.from_data(item["on"]) for item in pending if item.get("on")]
+    return sum(each.fan.count - each.fan.next for each in conditions if isinstance(each, waits.OnMap))
+
+
+def progress_text(record: Record) -> str:
+    """What its running step says of itself: ``40 % relaxing``."""
+    parts = [] if record.progress is None else [f"{record.progress:.0%}"]
+    return " ".join([*parts, *([record.detail] if record.detail else [])])
+
+
+def progress_bar(record: Record, *, utf8: bool) -> str:
+    """The same as a picture."""
+    if record.progress is None:
+        return record.detail or ""
+    return " ".join(filter(None, [bar(record.progress, utf8=utf8), f"{record.progress:.0%}", record.detail]))
+
+
+def bar(part: float, *, utf8: bool) -> str:
+    """A part of 1 as a picture; it is full only at the end."""
+    full, empty = ("█", "░") if utf8 else ("#", "-")
+    done = int(min(1.0, max(0.0, part)) * BAR_WIDTH)
+    return full * done + empty * (BAR_WIDTH - done)
+
+
+def how_far(family: Family) -> tuple[int, int]:
+    """How many of its children have ended, and how many it will have as far as is known."""
+    children = family.own_children()
+    ended = sum(child.is_terminal for child in children) + family.unread
+    return ended, len(children) + family.unread + family.to_come
+
+
+def children_text(family: Family) -> str:
+    """How many of its children have ended, and how; "" without any."""
+    children = family.own_children()
+    ended, total = how_far(family)
+    if not total:
+        return ""
+    if family.is_cut:
+        return f"{ended} of {total} ended" if family.unread else f"more than {len(children)} children"
+    failed = sum(child.state == "excepted" for child in children)
+    return f"{ended} of {total} ended{f', {failed} excepted' if failed else ''}"
+
+
+def log_line(line: LogLine) -> str:
+    """One line of a process's log."""
+    where = "  ".join(filter(None, [line.step, line.source]))
+    return (
+        f"{moment(line.at)}  {line.level:<8}{f'[{where}]  ' if where else ''}{without_our_frames(line.text).rstrip()}"
+    )
+
+
+def without_our_frames(traceback: str) -> str:
+    """A traceback that begins where the user's code does: how the step was called is of no use to its author."""
+    head, begin, rest = traceback.partition(_TRACEBACK)
+    frames = _OUR_FRAMES.match(rest)
+    if not begin or frames is None or not rest[frames.end() :].startswith("  File "):
+        return traceback
+    return f"{head}{begin}{rest[frames.end() :]}"
 
 
 def process_table(records: Sequence[Record], now: float) -> Table:
     """One row a process; children are below their parent, if it is among the rows, the oldest first."""
-    table = plain_table("pid", "class", "state", "step", "status", "age")
+    table = plain_table("pid", "class", "state", "step", "status", "age", elastic="status")
     present = {record.pid for record in records}
     children: dict[str | None, list[Record]] = {}
     for record in records:
@@ -143,7 +318,7 @@ def process_table(records: Sequence[Record], now: float) -> Table:
         name = "  " * depth + class_name(record.class_id)
         step = "" if record.is_terminal else record.step or ""
         age = span(now - record.created_at)
-        table.add_row(short(record.pid), name, state(record), step, situation(record), age)
+        table.add_row(short(record.pid), name, state(record, now), step, _line(situation(record)), age)
         for child in reversed(children.get(record.pid, ())):
             add(child, depth + 1)
 
@@ -152,11 +327,14 @@ def process_table(records: Sequence[Record], now: float) -> Table:
     return table
 
 
-def plain_table(*columns: str) -> Table:
-    """A table without lines that would only be in the way of `grep` and `cut`."""
+def plain_table(*columns: str, elastic: str | None = None) -> Table:
+    """A table without lines that would only be in the way of `grep` and `cut`.
+
+    On a terminal that is too narrow the column `elastic` gives way.
+    """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(column, no_wrap=True, overflow="ellipsis")
+        table.add_column(column, no_wrap=column != elastic, overflow="fold" if column == elastic else "ellipsis")
     return table
 
 
@@ -172,53 +350,109 @@ def facts_table(facts: Mapping[str, str | Text | None]) -> Table:
 
 
 def history_table(events: Sequence[Event]) -> Table:
-    """One row an event, with the time since the one before it."""
-    table = plain_table("time", "after", "event", "step", "by", "note")
+    """One row an event, with the time since the one before it.
+
+    A worker that claims a process and finds that it has to wait on leaves nothing but the claim: of such only the last.
+    """
+    table = plain_table("time", "after", "event", "step", "by", "note", elastic="note")
     before = events[0].at if events else 0.0
-    for event in events:
-        row = (event.subject, event.step or "", peer(event.by), _one_line(event.note or ""))
-        table.add_row(moment(event.at), span(event.at - before), *row)
+    claims = 0
+    for event, after in zip(events, [*events[1:], None], strict=True):
+        claims = claims + 1 if event.subject == "claimed" else 0
+        if claims and after is not None and after.subject == "claimed":
+            continue
+        note = f"the last of {claims} times" if claims > 1 else _one_line(event.note or "")
+        table.add_row(moment(event.at), span(event.at - before), event.subject, event.step or "", peer(event.by), note)
         before = event.at
     return table
 
 
-def family_tree(family: Family, now: float, *, utf8: bool) -> Tree:
-    """A process with its children below it; many that are done are counted only."""
+def choose_children(rows: Sequence[Record]) -> set[str]:
+    """The pids of the children that are shown, `MAX_CHILDREN_SHOWN` at most: all, or else those that people look for.
 
-    def label(record: Record) -> Text:
-        glyphs = _GLYPHS if utf8 else _PLAIN_GLYPHS
-        text = Text(no_wrap=True, overflow="ellipsis")
+    First those that can't go on, then what runs or waits and what has failed.
+    """
+    if len(rows) <= MAX_CHILDREN_SHOWN:
+        return {row.pid for row in rows}
+    stuck = [row for row in rows if is_stuck(row)]
+    live = [row for row in rows if row.state in ("running", "waiting") and not is_stuck(row)]
+    failed = [row for row in rows if row.state in ("excepted", "killed")]
+    room = max(0, MAX_CHILDREN_SHOWN - len(stuck))
+    failures = failed[-min(room, max(MIN_FAILED_SHOWN, room - len(live))) :] if room else []
+    shown = [*stuck[:MAX_CHILDREN_SHOWN], *failures, *live[: room - len(failures)]]
+    return {row.pid for row in shown}
+
+
+def is_stuck(record: Record) -> bool:
+    """Whether somebody has to do something before it can go on."""
+    return not record.is_terminal and (record.aside is not None or record.play == "paused")
+
+
+def family_tree(family: Family, now: float, *, utf8: bool) -> Tree:
+    """A process with its children below it; of many some are counted only."""
+    glyphs = _GLYPHS if utf8 else _PLAIN_GLYPHS
+
+    def label(family: Family) -> Text:
+        record = family.record
+        text = _line("")
         text.append(glyphs.get(record.state, "?"), _STYLES.get(record.state, ""))
         text.append(f" {class_name(record.class_id)} ", "bold" if record.parent is None else "")
         text.append(f"{short(record.pid)}  ", "dim")
-        text.append_text(state(record))
-        if record.step and not record.is_terminal:
-            text.append(f"  {record.step}")
+        text.append_text(state(record, now))
+        if not record.is_terminal:
+            if record.step:
+                text.append(f"  {record.step}")
+            if picture := progress_bar(record, utf8=utf8):
+                text.append(f"  {picture}", "cyan")
+        if children := children_text(family):
+            ended, total = how_far(family)
+            if not record.is_terminal and (family.unread or not family.is_cut):
+                text.append(f"  {bar(ended / total, utf8=utf8)}", "cyan")
+            text.append(f"  {children}")
+        text.append(f"  {lifetime(record, now)}", "dim")
         if what := situation(record):
             text.append(f"  {what}", "italic")
-        return text.append(f"  {lifetime(record, now)}", "dim")
+        return text
 
-    def grow(branch: Tree, family: Family) -> None:
-        hidden = 0
+    def grow(branch: Tree, family: Family) -> Tree:
         for child in family.children:
-            if len(family.children) > MAX_CHILDREN_SHOWN and child.record.state == "finished":
-                hidden += 1
-            else:
-                grow(branch.add(label(child.record)), child)
-        if hidden:
-            glyph = (_GLYPHS if utf8 else _PLAIN_GLYPHS)["finished"]
-            branch.add(Text(f"{glyph} {hidden} more have finished", "green"))
+            grow(branch.add(label(child)), child)
+        if others := _others(family, glyphs):
+            branch.add(others)
+        return branch
 
-    tree = Tree(label(family.record), guide_style="dim")
-    grow(tree, family)
-    return tree
+    return grow(Tree(label(family), guide_style="dim"), family)
 
 
-def progress(family: Family, now: float, *, utf8: bool) -> RenderableType:
-    """The tree, and how far it is."""
-    members = list(family.members())
-    done = sum(record.is_terminal for record in members)
-    return Group(family_tree(family, now, utf8=utf8), Text(f"{done} of {len(members)} have ended", "dim"))
+def children_tree(family: Family, now: float, *, utf8: bool) -> RenderableType:
+    """Its children, each with its own below it, and how many there are."""
+    trees: list[RenderableType] = [family_tree(child, now, utf8=utf8) for child in family.children]
+    if family.others or family.to_come or family.is_cut:
+        trees += [_others(family, _GLYPHS if utf8 else _PLAIN_GLYPHS), Text(children_text(family), "dim")]
+    return Group(*trees)
+
+
+def _others(family: Family, glyphs: Mapping[str, str]) -> Text:
+    """How many children are not shown."""
+    counts = Counter(record.state for record in family.others)
+    found = [(name, style) for name, style in _STYLES.items() if counts[name]]
+    texts = [Text(f"{glyphs[name]} {counts[name]} more {name}", style) for name, style in found]
+    if family.is_cut:
+        texts.append(Text(f"and {family.unread or 'some'} older ones that have ended", "dim"))
+    return Text("  ").join(texts)
+
+
+def progress(family: Family, now: float, troubles: Sequence[Trouble], *, utf8: bool) -> RenderableType:
+    """The tree, and what to do about those that do not go on."""
+    return Group(family_tree(family, now, utf8=utf8), *map(trouble_text, troubles))
+
+
+def trouble_text(trouble: Trouble) -> Text:
+    """Which process does not go on, why, and what to do."""
+    record = trouble.record
+    what = "is set aside" if record.aside is not None else f"is {record.play}"
+    why = f": {_one_line(trouble.why)}" if trouble.why else ""
+    return Text.assemble(f"{short(record.pid)} {what}{why}\n", (f"-> {trouble.advice}", "bold"))
 
 
 def as_yaml(value: Any) -> str:
@@ -228,13 +462,18 @@ def as_yaml(value: Any) -> str:
     class Dumper(yaml.SafeDumper):
         """One line a key; lists of short values on one line."""
 
-    def show_list(dumper: Any, items: list[Any]) -> Any:
-        is_flat = not any(isinstance(item, list | dict) for item in items)
+    def show_list(dumper: Any, items: list[Any] | tuple[Any, ...]) -> Any:
+        is_flat = not any(isinstance(item, list | tuple | dict) for item in items)
         return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=is_flat)
 
+    def show_text(dumper: Any, text: str) -> Any:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
     Dumper.add_representer(list, show_list)
+    Dumper.add_representer(tuple, show_list)
+    Dumper.add_representer(str, show_text)
     plain = msgspec.to_builtins(value, enc_hook=str, str_keys=True)
-    return yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100).rstrip()
+    return yaml.dump(plain, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=YAML_WIDTH).rstrip()
 
 
 def as_json(value: Any) -> str:
@@ -246,6 +485,11 @@ def record_as_data(record: Record) -> dict[str, Any]:
     """A row for programs: every fact under its name, also those that are empty."""
     hidden = {"checkpoint", "result", "inbox", "inbox_done", "inbox_last"}
     return {name: getattr(record, name) for name in record.__struct_fields__ if name not in hidden}
+
+
+def _line(text: str) -> Text:
+    """One line, cut where the terminal ends."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def _one_line(text: str) -> str:

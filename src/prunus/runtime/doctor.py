@@ -38,8 +38,11 @@ class Finding:
     advice: str | None = None
 
 
-async def examine(find: Callable[[], Profile]) -> AsyncIterator[Finding]:
-    """All findings about the profile that `find` gives, the cheap ones first."""
+async def examine(find: Callable[[], Profile], *, check_checkpoints: bool = False) -> AsyncIterator[Finding]:
+    """All findings about the profile that `find` gives, the cheap ones first.
+
+    With `check_checkpoints` every live process is loaded with the code as it can be imported here and now.
+    """
     try:
         profile = find()
         yield Finding("ok", "profile", str(profile.path))
@@ -55,6 +58,9 @@ async def examine(find: Callable[[], Profile]) -> AsyncIterator[Finding]:
         try:
             async for finding in _broker(profile):
                 yield finding
+            if check_checkpoints:
+                async for finding in _checkpoints(profile):
+                    yield finding
         except (PrunusError, TimeoutError) as error:
             yield Finding("problem", "broker", str(error), f"see {profile.log('broker')}")
 
@@ -112,6 +118,11 @@ async def _broker(profile: Profile) -> AsyncIterator[Finding]:
         if isinstance(counts, dict):
             text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
             yield Finding("ok", "processes", text or "none yet")
+        if paused := await controller.find(Query(play="paused", unfinished=True, limit=QUERY_LIMIT)):
+            more = " or more" if len(paused) == QUERY_LIMIT else ""
+            text = f"{len(paused)}{more} process{'' if len(paused) == 1 else 'es'} will not go on until somebody plays"
+            advice = "`prunus list --state paused` shows them, `prunus show PID` says why"
+            yield Finding("warning", "paused", f"{text} {'it' if len(paused) == 1 else 'them'}", advice)
         for record in await controller.find(Query(aside=True, unfinished=True, limit=QUERY_LIMIT)):
             yield Finding(
                 "problem",
@@ -119,6 +130,32 @@ async def _broker(profile: Profile) -> AsyncIterator[Finding]:
                 f"{class_name(record.class_id)} is set aside: {record.aside}",
                 f"mend the cause, then `prunus retry {short(record.pid)}`",
             )
+
+
+async def _checkpoints(profile: Profile) -> AsyncIterator[Finding]:
+    """Those that would not continue, and how many would."""
+    from prunus.persistence.checkpoint import decode_checkpoint, type_loader
+    from prunus.processes import load_class
+    from prunus.runtime.controller import connect
+
+    modules = profile.config.modules
+    load_type = type_loader(modules)
+    good = 0
+    async with connect(profile) as controller:
+        before: str | None = None
+        while rows := await controller.find(Query(unfinished=True, limit=QUERY_LIMIT, before=before)):
+            before = rows[-1].pid
+            for row in rows:
+                record = await controller.handle(row.pid).record()
+                try:
+                    checkpoint = decode_checkpoint(record.checkpoint or b"")
+                    process_class = load_class(checkpoint.class_id, modules)
+                    process_class.restore(checkpoint.snapshot(load_type))
+                    good += 1
+                except PrunusError as error:
+                    advice = "mend the class (renamed_from, migrate), before workers load it"
+                    yield Finding("problem", short(row.pid), f"would not continue: {error}", advice)
+    yield Finding("ok", "checkpoints", f"{good} live process{'' if good == 1 else 'es'} would continue with this code")
 
 
 def _bytes(number: float) -> str:

@@ -13,12 +13,14 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from prunus.errors import (
     BusyError,
     CheckpointNotFoundError,
     CommunicatorClosedError,
     ConnectionLostError,
+    Failure,
     IndeterminateError,
     NotDeliveredError,
     PersistenceError,
@@ -32,15 +34,19 @@ from prunus.errors import (
 )
 from prunus.messaging.communicator import Broadcast, IncomingTask
 from prunus.persistence import requests
-from prunus.persistence.checkpoint import decode_checkpoint, encode_data, type_loader
-from prunus.persistence.persister import Claim, Event, Letter, Save
+from prunus.persistence.checkpoint import decode_checkpoint, decode_data, encode_data, type_loader
+from prunus.persistence.persister import Claim, Event, Letter, Save, Tell
 from prunus.processes import Process, ProcessResult, ProcessState
-from prunus.processes.control import Kill, decode_message
+from prunus.processes.control import Kill
 from prunus.processes.loading import load_class
 from prunus.runtime.backend import Backend
+from prunus.runtime.letters import decode_letter, encode_answer, encode_letter
 from prunus.runtime.runner import Runner
 
 logger = logging.getLogger(__name__)
+
+NOT_HERE = b""
+"""The answer of a worker that does not hold the process (any more)."""
 
 
 class Launcher:
@@ -76,6 +82,17 @@ class Launcher:
             with contextlib.suppress(*_NOT_ITS_FAULT):  # then at its next safe point
                 await runner.read_letters()
 
+    async def asked(self, question: bytes) -> bytes:
+        """Answer a query of a process that this worker holds, from the living object."""
+        asked = decode_data(question, self._load_type)
+        runner = self.runners.get(asked["pid"])
+        if runner is None:
+            return NOT_HERE
+        try:
+            return encode_answer(runner.process.query(asked["name"], *asked["args"], **asked["kwargs"]))
+        except Exception as error:  # the user's query: its caller is told
+            return encode_answer(failure=Failure.of(error))
+
     async def handle(self, task: IncomingTask) -> None:
         """Look at the process that `task` is about, and drive it as far as it goes.
 
@@ -99,7 +116,7 @@ class Launcher:
     async def _continue(self, claim: Claim, task: IncomingTask, nudges: int) -> None:
         pid = claim.record.pid
         try:
-            await self._drive(Runner(await self._load(claim), claim, task, self._backend), nudges)
+            await self._drive(Runner(await self._load(claim), claim, task, self._backend, self._load_type), nudges)
         except _NOT_ITS_FAULT:
             raise
         except _CANT_CONTINUE as error:
@@ -143,7 +160,7 @@ class Launcher:
             return
         letter, message = kill
         event = Event(subject=f"{claim.record.state}.killed", at=time.time(), note=message)
-        result = ProcessResult(pid=pid, state=ProcessState.KILLED, outputs={}, exit_message=message)
+        result: ProcessResult[Any] = ProcessResult(pid=pid, state=ProcessState.KILLED, outputs={}, exit_message=message)
         save = Save(
             pid=pid,
             epoch=claim.epoch,
@@ -151,6 +168,7 @@ class Launcher:
             result=encode_data(result.to_data()),
             events=(event,),
             inbox_done=letter.seq,
+            tells=(Tell(body=encode_letter(Kill(message=f"its parent {pid} was killed")), to=("kill",)),),
             release=True,
         )
         await self._backend.settle(requests.SaveRequest(save), task)
@@ -160,7 +178,7 @@ def _find_kill(claim: Claim) -> tuple[Letter, str | None] | None:
     """The letter that asks for the end of the process, and what it says."""
     for letter in claim.inbox:
         with contextlib.suppress(ProtocolError):  # a letter that nobody can read asks for nothing
-            match decode_message(letter.body):
+            match decode_letter(letter.body):
                 case Kill(message=message):
                     return letter, message
                 case _:

@@ -70,6 +70,7 @@ class Worker:
         """Work until `stop`. The caller closes the communicator then: with it the subscriptions end."""
         communicator = self._communicator
         await communicator.add_broadcast_subscriber(self._launcher.nudged, subject=letter_subject(communicator.session))
+        await communicator.add_rpc_subscriber(self._launcher.asked, communicator.session)
         forget = communicator.on_reconnect(self._reconnected)
         lanes = [
             await communicator.add_task_subscriber(self._handle, queue=RUN_LANE, credit=self._slots),

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
+from collections.abc import Callable
 from typing import Any
 
 from prunus.messaging.local import LocalBroker, LocalCommunicator
@@ -28,11 +30,18 @@ class LocalDaemon:
     """A broker, workers and a controller without a network; an async context manager."""
 
     def __init__(
-        self, *, workers: int = 1, slots: int = 8, grace_s: float = 1.0, connection: sqlite3.Connection | None = None
+        self,
+        *,
+        workers: int = 1,
+        slots: int = 8,
+        grace_s: float = 1.0,
+        connection: sqlite3.Connection | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        """`clock` is the wall clock of the store and of its timers; move it and call ``daemon.broker.tick()``."""
         self.connection = connection if connection is not None else open_database(":memory:")
-        self.store = ProcessStore(self.connection)
-        self.broker = LocalBroker(self.connection, service=ProcessService(self.store, self._counts))
+        self.store = ProcessStore(self.connection, clock=clock)
+        self.broker = LocalBroker(self.connection, service=ProcessService(self.store, self._counts, clock))
         self._wanted, self._slots, self._grace_s = workers, slots, grace_s
         self._workers: dict[str, tuple[Worker, LocalCommunicator, asyncio.Task[None]]] = {}
         self.controller: ProcessController
