@@ -23,11 +23,13 @@ import click
 import msgspec
 import pytest
 
-from prunus.processes.states import PLAY_TABLE, STATE_TABLE, Event, PlayEvent
+from prunus.processes.states import PLAY_TABLE, STATE_TABLE, Event, PlayEvent, diagram
 from prunus.runtime.cli import cli
 from prunus.runtime.profile import Config
+from tests.processes.test_control_table import table_as_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
+TUTORIAL = sorted((ROOT / "docs" / "tutorial").glob("*.md"))
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*/*.md")],
     key=lambda page: page.relative_to(ROOT).as_posix(),
@@ -100,6 +102,20 @@ def test_transcripts_come_out_as_printed(page: Path, shell: tuple[Path, dict[str
                 assert same, f"$ {command}\nprints:\n{done.stdout}\nbut the page says:\n{expected}"
 
 
+@pytest.mark.parametrize("page", TUTORIAL, ids=names)
+def test_nothing_in_a_tutorial_is_only_for_show(page: Path) -> None:
+    """Each block is a transcript, or a file that a later block runs, launches or imports."""
+    blocks = list(BLOCK.finditer(page.read_text(encoding="utf-8")))
+    assert any(block["info"] == "console run" for block in blocks)
+    for number, block in enumerate(blocks):
+        _, _, option = block["info"].partition(" ")
+        assert block["info"] == "console run" or option.startswith("file="), f"not run: {block['text']}"
+        if option.startswith("file="):
+            name = Path(option.removeprefix("file=")).stem
+            later = "".join(after["text"] for after in blocks[number + 1 :])
+            assert re.search(rf"\b{name}(\.py\b|:| import\b)", later), f"nothing uses {name}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=names)
 def test_links_lead_somewhere(page: Path) -> None:
     """Each link to a file of the repository, and to a heading of a page, has its target."""
@@ -113,6 +129,25 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{names(page)} links to {link['target']}"
 
 
+def test_every_page_can_be_found() -> None:
+    """Links lead from the index to every page of the documentation."""
+    found, unread = set[Path](), [ROOT / "docs" / "index.md"]
+    while unread:
+        page = unread.pop()
+        found.add(page)
+        links = LINK.finditer(BLOCK.sub("", page.read_text(encoding="utf-8")))
+        targets = {(page.parent / link["target"].partition("#")[0]).resolve() for link in links}
+        unread += [target for target in targets - found if target.suffix == ".md" and target.is_file()]
+    assert not [names(page) for page in (ROOT / "docs").rglob("*.md") if page not in found]
+
+
+def test_the_migration_page_has_every_pair_of_control_calls() -> None:
+    """It says of each two of pause, play, kill and resume in a row what becomes of them."""
+    calls = ("pause", "play", "kill", "resume")
+    shown = [row[0] for row in table_rows("migrating-from-plumpy.md")]
+    assert [f"{first}, {second}" for first in calls for second in calls if f"{first}, {second}" not in shown] == []
+
+
 def table_rows(page: str) -> list[list[str]]:
     """The rows of all tables of a page, without Markdown's quotes."""
     lines = (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines()
@@ -123,10 +158,24 @@ def test_the_documented_transitions_are_the_tables() -> None:
     """The page on states shows exactly the transitions that the code allows."""
     known = {str(event) for event in [*Event, *PlayEvent]}
     shown = {
-        (row[0], row[1]): set(row[2].split(", ")) for row in table_rows("states-and-control.md") if row[1] in known
+        (row[0], row[1]): set(row[2].split(", "))
+        for row in table_rows("states-and-control.md")
+        if row[1] in known and len(row) == 3
     }
     coded = [*STATE_TABLE.items(), *PLAY_TABLE.items()]
     assert shown == {(str(source), str(event)): {str(t) for t in targets} for (source, event), targets in coded}
+
+
+def test_the_documented_pairs_of_commands_are_the_table_of_the_tests() -> None:
+    """What two commands back to back lead to is what the tests of the processes run."""
+    page = (ROOT / "docs" / "states-and-control.md").read_text(encoding="utf-8")
+    assert table_as_markdown().strip() in page
+
+
+def test_the_documented_diagram_is_drawn_from_the_table() -> None:
+    """The picture of the states."""
+    page = (ROOT / "docs" / "states-and-control.md").read_text(encoding="utf-8")
+    assert f"```mermaid\n{diagram()}\n```" in page
 
 
 def test_the_documented_settings_are_the_fields() -> None:

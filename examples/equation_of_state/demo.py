@@ -64,7 +64,7 @@ async def disturbed_run(profile: Profile) -> bool:
         print(f"{time.monotonic() - began:6.1f} s  {text}", flush=True)
 
     async with prunus.connect(profile) as controller:
-        handles = {}
+        handles: dict[str, prunus.ProcessHandle] = {}
         for metal in METALS:
             inputs = {"element": metal, "delay_s": DELAY_S, "folder": str(RESULTS)}
             handles[metal] = await controller.launch(EquationOfState, inputs, tags=["demo", metal])

@@ -9,12 +9,30 @@ that is good enough for trends and takes milliseconds.
 
 from __future__ import annotations
 
-from ase.build import bulk
-from ase.calculators.emt import EMT
-from ase.data import atomic_numbers, reference_states
-from ase.eos import EquationOfState
-from ase.units import GPa
-from scipy.optimize import minimize_scalar
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import ase.build
+import ase.calculators.emt
+import ase.data
+import ase.eos
+import ase.units
+import scipy.optimize
+
+
+def untyped(module: ModuleType) -> Any:
+    """`module` without what it says of its types, which is incomplete and in part wrong."""
+    return module
+
+
+bulk = untyped(ase.build).bulk
+EMT = untyped(ase.calculators.emt).EMT
+atomic_numbers = untyped(ase.data).atomic_numbers
+reference_states = untyped(ase.data).reference_states
+EquationOfState = untyped(ase.eos).EquationOfState
+GPa = untyped(ase.units).GPa
+minimize_scalar = untyped(scipy.optimize).minimize_scalar
 
 METALS = ("Cu", "Al", "Ni", "Ag", "Au", "Pd", "Pt")
 SCALES = (0.94, 0.96, 0.98, 1.0, 1.02, 1.04, 1.06)
@@ -32,7 +50,7 @@ def equation_of_state(element: str) -> tuple[float, float]:
     """The lattice constant (Å) and the bulk modulus (GPa)."""
     measured = reference_states[atomic_numbers[element]]["a"]
     relaxed = minimize_scalar(
-        lambda a: energy(element, a),
+        partial(energy, element),
         bounds=(0.9 * measured, 1.1 * measured),
         method="bounded",
         options={"xatol": 1e-8},

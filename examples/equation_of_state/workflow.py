@@ -15,18 +15,36 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from ase.build import bulk
-from ase.calculators.emt import EMT
-from ase.data import atomic_numbers, reference_states
-from ase.eos import EquationOfState as Curve
-from ase.eos import birchmurnaghan
-from ase.units import GPa
-from matplotlib.figure import Figure
-from scipy.optimize import minimize_scalar
+import ase.build
+import ase.calculators.emt
+import ase.data
+import ase.eos
+import ase.units
+import matplotlib.figure
+import scipy.optimize
 
 from prunus import Continue, Process, ProcessSpec, WorkChain, append_
+
+
+def untyped(module: ModuleType) -> Any:
+    """`module` without what it says of its types, which is incomplete and in part wrong."""
+    return module
+
+
+bulk = untyped(ase.build).bulk
+EMT = untyped(ase.calculators.emt).EMT
+atomic_numbers = untyped(ase.data).atomic_numbers
+reference_states = untyped(ase.data).reference_states
+birchmurnaghan = untyped(ase.eos).birchmurnaghan
+Curve = untyped(ase.eos).EquationOfState
+GPa = untyped(ase.units).GPa
+Figure = untyped(matplotlib.figure).Figure
+minimize_scalar = untyped(scipy.optimize).minimize_scalar
 
 METALS = ("Cu", "Al", "Ni", "Ag", "Au", "Pd", "Pt")
 """The elements that EMT describes and that crystallise as fcc."""
@@ -53,7 +71,7 @@ class RelaxLattice(Process):
         element = self.inputs.element
         measured = reference_states[atomic_numbers[element]]["a"]
         relaxed = minimize_scalar(
-            lambda a: energy(element, a),
+            partial(energy, element),
             bounds=(0.9 * measured, 1.1 * measured),
             method="bounded",
             options={"xatol": LATTICE_TOLERANCE},
