@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar, overload
 
 from prunus.errors import SpecError
 from prunus.processes.steps import stable_name
-from prunus.processes.waits import AllOf, AnyOf, Child, Condition, OnTime, Waitable, condition_of, part_of
+from prunus.processes.waits import AllOf, AnyOf, Child, Condition, Waitable, condition_of, part_of
 
 if TYPE_CHECKING:
     from prunus.processes.process import Process
@@ -179,8 +179,3 @@ def step_name(step: StepRef) -> str:
     if name is None or not name.isidentifier():
         raise SpecError(f"a step must be a method of the process class, so that a checkpoint can name it; got {step!r}")
     return name
-
-
-def is_unnamed_time(condition: Condition | None) -> bool:
-    """Whether the value of `condition` says nothing, so that no step wants it."""
-    return isinstance(condition, OnTime)

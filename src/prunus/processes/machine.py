@@ -58,7 +58,7 @@ from prunus.processes.control import CALM, KillLevel, Register, merge
 from prunus.processes.fanout import MAX_LISTED_ITEMS, FanOut
 from prunus.processes.listeners import Line, ProcessListener
 from prunus.processes.result import ProcessResult
-from prunus.processes.schemas import fields_of
+from prunus.processes.schemas import Arguments, fields_of
 from prunus.processes.spec import ExitCode, ProcessSpec
 from prunus.processes.states import (
     Created,
@@ -102,6 +102,9 @@ OWN_STEPS = ("run", "_end", "_finish")
 T = TypeVar("T")
 ParentClose = Literal["kill", "abandon", "wait"]
 OnException = Literal["fail", "pause"]
+
+StepCall = tuple[StepOptions, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]
+"""A step, what is called for it, and with which arguments."""
 
 _log = logging.getLogger(__name__)
 
@@ -196,6 +199,10 @@ class Machine:
     """Names that a subclass must not define."""
     _outputs: dict[str, Any]
     _state: State
+    if TYPE_CHECKING:
+
+        @classmethod
+        def spec(cls) -> ProcessSpec: ...
 
     # What most processes never change costs them nothing.
     driver: Driver | None = None
@@ -232,8 +239,16 @@ class Machine:
 
     @classmethod
     def read_arguments(cls, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a query or an update, checked."""
-        raise NotImplementedError
+        """The arguments of a query or an update by their names, checked and converted to its annotations.
+
+        Raises `InvalidInputError` for arguments that do not fit and for a name that the class does not have.
+        """
+        cls.spec()
+        methods = {**cls._table.queries, **cls._table.updates}
+        if name not in methods:
+            known = ", ".join(sorted(methods)) or "none"
+            raise InvalidInputError(cls.__qualname__, {name: f"there is no such query or update; there are: {known}"})
+        return Arguments(getattr(cls, methods[name])).read(args, kwargs)
 
     # --- what can be asked --------------------------------------------------------------------------
 
@@ -485,44 +500,40 @@ class Machine:
 
     def _begin_attempt(self, attempt: Attempt, state: Running) -> Outcome | None:
         """Begin the step that is next, if nothing is to be done before; its outcome, if it has ended already."""
-        if self._must_look(attempt, state):
+        call = self._next_call(attempt, state)
+        if call is None or call[0].effect == "once":
             return None
-        options = self._options_of(attempt, state)
-        if options.effect == "once":
-            return None
+        options, function, args, kwargs = call
         attempt.step = options.name
-        return attempt.begin(*self._call_of(attempt, state, options), options)
+        return attempt.begin(function, args, kwargs, options)
 
     async def _run_attempt(self, attempt: Attempt, state: Running) -> Outcome | _NotYet:
         """Run the step that is next, or go on with it, with all that belongs around it."""
         if attempt.task is not None:
             return await attempt.end()
-        if self._must_look(attempt, state) and (not_yet := await self._find_place(attempt, state)) is not None:
-            return not_yet
-        options = self._options_of(attempt, state)
+        call = self._next_call(attempt, state)
+        if call is None:
+            if (not_yet := await self._find_place(attempt)) is not None:
+                return not_yet
+            call = self._next_call(attempt, state)
+            assert call is not None
+        options, function, args, kwargs = call
         attempt.step = options.name
         if options.effect == "once" and not self._may_begin:
             outcome = await self._begin_once(attempt, state, options)
             if outcome is not None:
                 return outcome
         self._may_begin = False
-        return await attempt.run(*self._call_of(attempt, state, options), options)
+        return await attempt.run(function, args, kwargs, options)
 
-    def _must_look(self, attempt: Attempt, state: Running) -> bool:
-        """Whether user code decides which step comes."""
-        return False
+    def _next_call(self, attempt: Attempt, state: Running) -> StepCall | None:
+        """The step that is next; None if user code decides which one that is (`_find_place`)."""
+        options = self._find_step(state.step)
+        return options, getattr(self, options.method), state.args, state.kwargs
 
-    async def _find_place(self, attempt: Attempt, state: Running) -> Outcome | _NotYet | None:
+    async def _find_place(self, attempt: Attempt) -> Outcome | _NotYet | None:
         """Run that code. None: the step may run now."""
         return None
-
-    def _options_of(self, attempt: Attempt, state: Running) -> StepOptions:
-        return self._find_step(state.step)
-
-    def _call_of(
-        self, attempt: Attempt, state: Running, options: StepOptions
-    ) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]:
-        return getattr(self, options.method), state.args, state.kwargs
 
     async def _begin_once(self, attempt: Attempt, state: Running, options: StepOptions) -> Outcome | _NotYet | None:
         """Before a step whose effect must not be repeated; None if it may begin."""
@@ -627,22 +638,22 @@ class Machine:
                     return self._killed(None)
                 self._attempt.kill(self._register)
                 return ()
-            case control.Pause(reason=reason, cascade=cascade):
-                if cascade:
-                    self._tells = (*self._tells, (wish, ("kill", "abandon", "wait")))
-            case control.Play(cascade=cascade):
+            case control.Pause():
+                reason = wish.reason
+            case control.Play():
                 reason = None
-                if cascade:
-                    self._tells = (*self._tells, (wish, ("kill", "abandon", "wait")))
                 if type(self._state) is Running and self._state.effect == "unknown":
                     self._state = replace(self._state, effect="")
             case control.PauseAt():
                 if self.can_step and type(self._state) is Running:
                     self._look_for_breakpoint()
                 reason = self._register.reason
+        cascades = not isinstance(wish, control.PauseAt) and wish.cascade
+        if cascades:
+            self._tells = (*self._tells, (wish, ("kill", "abandon", "wait")))
         if replace(self._register, seq=0) != replace(before, seq=0):
             self.revision += 1
-        elif not getattr(wish, "cascade", False):
+        elif not cascades:
             self._register = before  # it is what was wanted already
         return self._show_play(reason)
 
@@ -738,7 +749,8 @@ class Machine:
             raise InvalidStateError(self.state.value, "paused because nobody knows whether a step took effect")
         attempt = self._new_attempt(0)
         attempt.step = self.next_step
-        attempt.options = self._options_of(attempt, state)
+        if (call := self._next_call(attempt, state)) is not None:
+            attempt.options = call[0]
         self._settle_place(attempt)
         note = Transition("note", "settled", "", attempt.step, "somebody says what the step has returned")
         self._register = merge(self._register, control.Play())
@@ -1029,8 +1041,7 @@ class Machine:
         return (change,)
 
     def _end_well(self) -> None:
-        for message, token in self._deferred:
-            del message
+        for _, token in self._deferred:
             self._refuse(token, "not ended")
         self._deferred = ()
         self._hook(self.on_terminated)

@@ -43,7 +43,6 @@ from prunus.processes.machine import (
 )
 from prunus.processes.pids import new_pid
 from prunus.processes.result import ProcessResult
-from prunus.processes.schemas import Arguments
 from prunus.processes.spec import ExitCodes, ProcessSpec, build
 from prunus.processes.states import (
     Created,
@@ -158,22 +157,6 @@ class Process(Machine, Generic[InputsT, OutputsT]):
         """The methods that are marked with ``@update``, by their names."""
         cls.spec()
         return {name: getattr(cls, method) for name, method in cls._table.updates.items()}
-
-    @classmethod
-    def read_arguments(cls, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a query or an update by their names, checked and converted to its annotations.
-
-        Raises `InvalidInputError` for arguments that do not fit and for a name that the class does not have.
-        """
-        cls.spec()
-        method = {**cls._table.queries, **cls._table.updates}.get(name)
-        if method is None:
-            known = ", ".join(sorted({**cls._table.queries, **cls._table.updates})) or "none"
-            raise InvalidInputError(cls.__qualname__, {name: f"there is no such query or update; there are: {known}"})
-        try:
-            return Arguments(getattr(cls, method)).read(args, kwargs)
-        except ValueError as error:
-            raise InvalidInputError(cls.__qualname__, {name: str(error)}) from error
 
     @classmethod
     def _refuse_reserved_names(cls) -> None:

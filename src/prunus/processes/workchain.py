@@ -30,7 +30,7 @@ from prunus.processes import stack
 from prunus.processes.attempts import Attempt, Outcome
 from prunus.processes.commands import Command, Stop, Wait
 from prunus.processes.generics import InputsT, OutputsT
-from prunus.processes.machine import _NotYet
+from prunus.processes.machine import StepCall, _NotYet
 from prunus.processes.namespaces import AttributeDict
 from prunus.processes.outline import End, Outline, Path, Place, Question, Return, Step, compile_outline
 from prunus.processes.process import Process, names_of
@@ -148,9 +148,7 @@ class WorkChain(Process[InputsT, OutputsT]):
         if type(place) is not Step:
             return _ending(place)
         step = getattr(self, attempt.options.method)
-        value = await (step() if attempt.options.is_async else attempt.call(step))
-        rest = self._leave(memo, place, value)
-        return await rest if inspect.iscoroutine(rest) else rest
+        return await self._await_step(memo, place, step() if attempt.options.is_async else attempt.call(step))
 
     def _run_inline(self, memo: _Memo, place: Step, step: Callable[[], Any]) -> Any:
         """The same for a plain step that is called on the loop. What it returns may have to be awaited."""
@@ -164,11 +162,10 @@ class WorkChain(Process[InputsT, OutputsT]):
     def _leave(self, memo: _Memo, place: Step, value: Any) -> Any:
         """What `run` returns when the step at `place` has returned `value`; a coroutine if that must be awaited."""
         memo.position = place.then
-        if value is not None:
-            if not _goes_on(value):
-                return value
-            if value:
-                _expect(memo, value)
+        if not _goes_on(value):
+            return value
+        if value:
+            _expect(memo, value)
         if memo.awaited:
             return None
         found = self._look(memo)
@@ -197,14 +194,9 @@ class WorkChain(Process[InputsT, OutputsT]):
                     "outline does not end",
                 )
             answer = getattr(self, place.name)()
-            if answer is True:
-                memo.position = place.yes
-            elif answer is False:
-                memo.position = place.no
-            elif inspect.isawaitable(answer):
+            if type(answer) is not bool and inspect.isawaitable(answer):
                 return place, answer
-            else:
-                self._decide(memo, place, answer)
+            self._decide(memo, place, answer)
         return place
 
     def _decide(self, memo: _Memo, question: Question, answer: Any) -> None:
@@ -217,23 +209,21 @@ class WorkChain(Process[InputsT, OutputsT]):
     async def _ask_first(self, memo: _Memo) -> None:
         await self._look_on(memo, self._look(memo))
 
-    def _begin_attempt(self, attempt: Attempt, state: Running) -> Outcome | None:
-        place = self._outline.places[attempt.memo.position]
-        if state.step != "run" or type(place) is not Step:
-            return super()._begin_attempt(attempt, state)
-        options = self._options.get(place.name) or self._find_step(place.name)
-        if options.effect == "once":
+    def _next_call(self, attempt: Attempt, state: Running) -> StepCall | None:
+        if state.step != "run":
+            return super()._next_call(attempt, state)
+        memo: _Memo = attempt.memo
+        place = self._outline.places[memo.position]
+        if type(place) is Question:
             return None
-        attempt.step = options.name
+        if type(place) is not Step:
+            return _ENDING, self.run, (), _NO_ARGUMENTS
+        options = self._find_step(place.name)
         if options.is_inline:
-            arguments = attempt.memo, place, getattr(self, options.method)
-            return attempt.begin(self._run_inline, arguments, _NO_ARGUMENTS, options)
-        return attempt.begin(self.run, (), _NO_ARGUMENTS, options)
+            return options, self._run_inline, (memo, place, getattr(self, options.method)), _NO_ARGUMENTS
+        return options, self.run, (), _NO_ARGUMENTS
 
-    def _must_look(self, attempt: Attempt, state: Running) -> bool:
-        return state.step == "run" and type(self._outline.places[attempt.memo.position]) is Question
-
-    async def _find_place(self, attempt: Attempt, state: Running) -> Outcome | _NotYet | None:
+    async def _find_place(self, attempt: Attempt) -> Outcome | _NotYet | None:
         memo: _Memo = attempt.memo
         name = attempt.step = self._outline.places[memo.position].name
         _, error = await attempt.run(self._ask_first, (memo,), {}, StepOptions(name, "_ask_first"))
@@ -247,26 +237,8 @@ class WorkChain(Process[InputsT, OutputsT]):
             return _NotYet(self._show_play(self._register.reason))
         return None
 
-    def _options_of(self, attempt: Attempt, state: Running) -> StepOptions:
-        if state.step != "run":
-            return super()._options_of(attempt, state)
-        place = self._outline.places[attempt.memo.position]
-        return self._find_step(place.name) if type(place) is Step else _ENDING
-
-    def _call_of(
-        self, attempt: Attempt, state: Running, options: StepOptions
-    ) -> tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]:
-        if state.step != "run":
-            return super()._call_of(attempt, state, options)
-        place = self._outline.places[attempt.memo.position]
-        if options.is_inline and type(place) is Step:
-            return self._run_inline, (attempt.memo, place, getattr(self, options.method)), _NO_ARGUMENTS
-        return self.run, (), _NO_ARGUMENTS
-
     def _command(self, attempt: Attempt, value: Any, state: Running) -> Command | tuple[Wait, ...] | Running:
         memo: _Memo = attempt.memo
-        if value is None and not memo.awaited:
-            return () if state.pending else _RUN
         if _goes_on(value):
             if value:
                 _expect(memo, value)
