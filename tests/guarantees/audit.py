@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
+from collections.abc import Callable
 
 UNWATCHED = """
     SELECT pid, state, play, owner FROM process
@@ -14,6 +16,20 @@ UNWATCHED = """
 
 OWNERS = "SELECT pid, owner, epoch FROM process WHERE owner IS NOT NULL"
 HELD = "SELECT key, holder, id, epoch FROM broker_task WHERE holder IS NOT NULL"
+
+
+def nth_commit(number: int) -> tuple[Callable[[str], None], asyncio.Event]:
+    """A failpoint of the broker that counts commits, and the event that it sets at this one."""
+    reached = asyncio.Event()
+    commits = 0
+
+    def count(failpoint: str) -> None:
+        nonlocal commits
+        commits += failpoint == "after_commit"
+        if commits == number:
+            reached.set()
+
+    return count, reached
 
 
 class Auditor:

@@ -15,6 +15,7 @@ from prunus.messaging.communicator import Broadcast
 from prunus.persistence import open_database
 from prunus.persistence.checkpoint import decode_checkpoint
 from prunus.testing.local_daemon import LocalDaemon
+from tests.guarantees.audit import nth_commit
 from tests.runtime import features, workflows
 from tests.runtime.waiting import file_has, until
 
@@ -112,15 +113,7 @@ async def test_an_update_is_applied_once_whenever_its_worker_dies(commit: int) -
     async with LocalDaemon() as daemon:
         handle = await daemon.controller.launch(features.Review)
         await until(handle, lambda row: row.state == "waiting" and row.owner is None)
-        reached = asyncio.Event()
-        commits = 0
-
-        def count(failpoint: str) -> None:
-            nonlocal commits
-            commits += failpoint == "after_commit"
-            if commits == commit:
-                reached.set()
-
+        count, reached = nth_commit(commit)
         daemon.broker.exchange.failpoint = count
         update = asyncio.create_task(handle.update("set_limit", 8))
         await reached.wait()

@@ -14,6 +14,7 @@ import pytest
 from prunus import errors
 from prunus.persistence.persister import Query
 from prunus.testing.local_daemon import LocalDaemon
+from tests.guarantees.audit import nth_commit
 from tests.guarantees.real_daemon import RealDaemon, steps_in_order
 from tests.runtime import features, workflows
 from tests.runtime.waiting import file_has, until
@@ -60,15 +61,7 @@ async def test_a_worker_dies_after_any_commit(tmp_path: Path, commit: int) -> No
     """Whichever commit was the last one that it made: no step but the one in hand runs twice, and none is left out."""
     journal = tmp_path / "journal"
     async with LocalDaemon(workers=1) as daemon:
-        reached = asyncio.Event()
-        commits = 0
-
-        def count(failpoint: str) -> None:
-            nonlocal commits
-            commits += failpoint == "after_commit"
-            if commits == commit:
-                reached.set()
-
+        count, reached = nth_commit(commit)
         daemon.broker.exchange.failpoint = count
         handle = await daemon.controller.launch(workflows.Journal, {"file": str(journal), "steps": 10})
         await reached.wait()
@@ -105,15 +98,7 @@ async def test_messages_are_used_once_whenever_a_worker_dies(tmp_path: Path, com
     """After any commit of a process that takes three of them: each is used once, and in its order."""
     journal = tmp_path / "journal"
     async with LocalDaemon(workers=1) as daemon:
-        reached = asyncio.Event()
-        commits = 0
-
-        def count(failpoint: str) -> None:
-            nonlocal commits
-            commits += failpoint == "after_commit"
-            if commits == commit:
-                reached.set()
-
+        count, reached = nth_commit(commit)
         handle = await daemon.controller.launch(features.Ledger, {"file": str(journal), "count": 3})
         daemon.broker.exchange.failpoint = count
         for number in range(3):
