@@ -3,12 +3,14 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-BENCH_PEERS := "plumpy==0.26.*" "kiwipy==0.9.*"
+BENCH_PEERS := "plumpy==0.26.*" "kiwipy[rmq]==0.9.*" "dbos==3.4.*"
+# Only its ZeroMQ broker is measured, which needs nothing of what the whole of it needs.
+BENCH_FILES := "aiida-core==2.9.*"
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test format bench clean
+.PHONY: help demo test torture format bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -21,7 +23,10 @@ test: .venv/dev.stamp ## run every static check and every test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+
+torture: .venv/dev.stamp ## look for rare failures for hours, or less: make torture MINUTES=10 [PROCESSES=2] [SEED=1]
+	$(BIN)/python -m tests.torture $(if $(MINUTES),--minutes $(MINUTES)) $(if $(PROCESSES),--processes $(PROCESSES)) $(if $(SEED),--seed $(SEED))
 
 format: .venv/dev.stamp ## format the code and sort the imports
 	$(BIN)/ruff check --fix-only
@@ -60,4 +65,5 @@ endef
 
 .venv-bench/bench.stamp: .venv-bench/created.stamp pyproject.toml
 	.venv-bench/bin/python $(PIP_INSTALL) --editable . $(BENCH_PEERS)
+	.venv-bench/bin/python $(PIP_INSTALL) --no-deps $(BENCH_FILES)
 	@touch $@

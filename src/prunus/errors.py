@@ -5,14 +5,17 @@
     PrunusError
       ProcessError        InvalidTransitionError · InvalidStateError · InvalidInputError · SpecError
                           InvalidStepError · StepTimeoutError · ProcessKilledError · ProcessExceptedError
+                          StepBlockedError (it can't go on for now) · EndpointUnavailableError
       PersistenceError    CheckpointNotFoundError · CheckpointCorruptError · CheckpointIncompatibleError
-                          UnsavableValueError · StaleOwnerError · StoreFullError
+                          UnsavableValueError · StaleOwnerError · StoreFullError · ArchiveError
       MessagingError      CommunicatorClosedError (you closed it) · ConnectionLostError (it broke)
                           UnroutableError · BusyError · TaskRejectedError
                           NotDeliveredError (no effect) · IndeterminateError (may have happened)
                           DuplicateSubscriberError · ProtocolError · MessageTooLargeError · RemoteError
+                          DeadLetterError · TaskDeletedError · UnknownResourceError · NotPermittedError
+                          KeyRefusedError · BlobNotFoundError · BlobDamagedError
       RuntimeFailure      ProcessClassNotFoundError · ProfileError · DaemonError · ShuttingDownError
-                          ForkedProcessError
+                          ForkedProcessError · TransportError · TransportLostError · CommandFailedError
 
 Library code raises only these (and ``TypeError``/``ValueError`` for misuse at a call site). A kill passes
 through user code as `asyncio.CancelledError`, a ``BaseException``, so that ``except Exception`` can't
@@ -67,7 +70,7 @@ class InvalidStateError(ProcessError):
 
     def __init__(self, state: str, needed: str) -> None:
         self.state, self.needed = state, needed
-        super().__init__(f"the process is {state.upper()}; this needs it to be {needed}")
+        super().__init__(f"the process is {state.upper()}; it has to be {needed}")
 
 
 class InvalidInputError(ProcessError):
@@ -97,6 +100,27 @@ class StepTimeoutError(ProcessError):
     def __init__(self, step: str, timeout_s: float, problem: str) -> None:
         self.step, self.timeout_s, self.problem = step, timeout_s, problem
         super().__init__(f"the step {step} was cancelled: {problem} within {timeout_s:g} s")
+
+
+class StepBlockedError(ProcessError):
+    """Raised by a step that can't go on for now, through no fault of its own: the process is paused with the reason.
+
+    It stays intact, before that step, and `play` takes the step again. It is no failed attempt of a `RetryPolicy`.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class EndpointUnavailableError(StepBlockedError):
+    """No connection to a host could be opened, in several attempts."""
+
+    def __init__(self, endpoint: str, attempts: int, reason: str) -> None:
+        super().__init__(reason)
+        self.endpoint, self.attempts = endpoint, attempts
+        times = {0: "", 1: " in one attempt"}.get(attempts, f" in {attempts} attempts")
+        self.args = (f"no connection to {endpoint!r}{times}: {reason}",)
 
 
 class ProcessKilledError(ProcessError):
@@ -173,6 +197,14 @@ class StoreFullError(PersistenceError):
     def __init__(self, path: str) -> None:
         self.path = path
         super().__init__(f"the disk that holds {path} is full; free some space and try again, nothing was lost")
+
+
+class ArchiveError(PersistenceError):
+    """Processes can't be exported or imported like this; nothing was changed."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
 
 
 # --- messaging --------------------------------------------------------------------------------------
@@ -261,6 +293,66 @@ class MessageTooLargeError(MessagingError):
         super().__init__(f"a message of {size:,} bytes is over the limit of {limit:,}; keep the data in a file")
 
 
+class DeadLetterError(MessagingError):
+    """The task whose result was waited for is a dead letter: expired, out of attempts, or buried by hand."""
+
+    def __init__(self, task: str, reason: str) -> None:
+        self.task, self.reason = task, reason
+        super().__init__(f"task {task} is a dead letter: {reason}; look at it with: prunus tasks --dead")
+
+
+class TaskDeletedError(MessagingError):
+    """The task whose result was waited for was deleted, or replaced by a later one with its key."""
+
+    def __init__(self, task: str, reason: str) -> None:
+        self.task, self.reason = task, reason
+        super().__init__(f"task {task} was not done: it was {reason}")
+
+
+class UnknownResourceError(MessagingError):
+    """A task asks for a resource of which nobody has said how much there is, or for more than there is."""
+
+    def __init__(self, resource: str, wanted: int, capacity: int | None) -> None:
+        self.resource, self.wanted, self.capacity = resource, wanted, capacity
+        known = "nobody has said how much of it there is" if capacity is None else f"there are {capacity}"
+        super().__init__(
+            f"a task asks for {wanted} of the resource {resource!r}, but {known}; "
+            f"set it with: prunus broker resource {resource} NUMBER"
+        )
+
+
+class NotPermittedError(MessagingError):
+    """The key with which this peer came does not allow that."""
+
+    def __init__(self, role: str, what: str) -> None:
+        self.role, self.what = role, what
+        super().__init__(f"a {role} may not do that: {what}; use a key with another role (prunus key add --role ...)")
+
+
+class KeyRefusedError(MessagingError):
+    """A broker on a network is there, but does not take the key with which this peer came."""
+
+    def __init__(self, endpoint: str, reason: str) -> None:
+        self.endpoint, self.reason = endpoint, reason
+        super().__init__(f"the broker at {endpoint} {reason}; ask its owner for a key (prunus key add NAME --role ...)")
+
+
+class BlobNotFoundError(MessagingError):
+    """The broker has no such blob: it was never put, or it was forgotten because no task referred to it."""
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+        super().__init__(f"there is no blob {digest}; put it again, and send a task that refers to it within the hour")
+
+
+class BlobDamagedError(MessagingError):
+    """What is on the broker's disk under the name of this blob is not what was put; nobody gets it."""
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+        super().__init__(f"the blob {digest} is damaged on the disk of the broker; restore it from a backup")
+
+
 class RemoteError(MessagingError):
     """The other side failed with an error that is not one of ours."""
 
@@ -306,6 +398,27 @@ class ForkedProcessError(RuntimeFailure):
     def __init__(self, what: str) -> None:
         self.what = what
         super().__init__(f"this {what} belongs to the parent of this forked process; open a new one here")
+
+
+class TransportError(RuntimeFailure):
+    """Something on a host that is reached by a transport failed: a file that is not there, a folder in the way."""
+
+    def __init__(self, endpoint: str, reason: str) -> None:
+        self.endpoint, self.reason = endpoint, reason
+        super().__init__(f"{endpoint}: {reason}")
+
+
+class TransportLostError(TransportError):
+    """The connection to a host broke: what was under way there may or may not have happened."""
+
+
+class CommandFailedError(RuntimeFailure):
+    """A command on a host ended with an exit status that is not 0."""
+
+    def __init__(self, endpoint: str, command: str, exit_status: int, stderr: str) -> None:
+        self.endpoint, self.command, self.exit_status, self.stderr = endpoint, command, exit_status, stderr
+        told = f": {stderr.strip()}" if stderr.strip() else ""
+        super().__init__(f"{endpoint}: `{command}` ended with exit status {exit_status}{told}")
 
 
 # --- errors as data ---------------------------------------------------------------------------------

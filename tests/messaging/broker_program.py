@@ -1,4 +1,4 @@
-"""A broker as a program of its own, for tests that kill it: ``python broker_program.py DATABASE ENDPOINT``.
+"""A broker as a program of its own, for tests that kill it: ``python broker_program.py DATABASE ENDPOINT [LEASE_S]``.
 
 It prints ``ready`` when it serves.
 """
@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import sqlite3
 import sys
+from pathlib import Path
 
+from prunus.messaging.blobs import BlobStore
+from prunus.messaging.doors import Connection
 from prunus.messaging.exchange import Exchange
-from prunus.messaging.zeromq import ZmqServer
+from prunus.messaging.liveness import boottime
+from prunus.messaging.messages import LEASE_S
+from prunus.messaging.server import Server
 from prunus.testing.communicator_contract import ContractService
 
 
@@ -20,9 +25,16 @@ def open_database(path: str) -> sqlite3.Connection:
     return connection
 
 
-def main(path: str, endpoint: str) -> None:
+def main(path: str, endpoint: str, lease_s: str = str(LEASE_S)) -> None:
     connection = open_database(path)
-    with ZmqServer(Exchange(connection, service=ContractService(connection)), endpoint) as server:
+    exchange: Exchange[Connection] = Exchange(
+        connection,
+        service=ContractService(connection),
+        blobs=BlobStore(Path(path).with_name("blobs"), boottime()),
+        now=boottime(),
+        lease_s=float(lease_s),
+    )
+    with Server(exchange, endpoint) as server:
         print("ready", flush=True)
         server.run()
 

@@ -11,7 +11,7 @@ import os
 import sys
 
 from prunus.messaging.communicator import IncomingTask
-from prunus.messaging.zeromq import connect_zmq
+from prunus.messaging.connecting import connect_to
 
 
 async def main(endpoint: str, queue: str) -> None:
@@ -27,7 +27,7 @@ async def main(endpoint: str, queue: str) -> None:
             await for_ever
         return str(os.getpid()).encode()
 
-    async with await connect_zmq(endpoint, name="program") as communicator:
+    async with await connect_to(endpoint, name="program") as communicator:
         await communicator.add_rpc_subscriber(answer, queue)
         await communicator.add_task_subscriber(hold, queue=queue, credit=10)
         print("ready", flush=True)

@@ -12,29 +12,11 @@ from prunus.errors import (
     StoreFullError,
     UnroutableError,
 )
-from prunus.messaging import broker
-from prunus.messaging.broker import (
-    BACK_OFF_S,
-    LEASE_S,
-    MAX_BACK_OFF_S,
-    BrokerCore,
-    DeleteTask,
-    DropAnswers,
-    Effect,
-    ForgetSession,
-    HoldTask,
-    ReleaseTask,
-    SaveAnswer,
-    SaveSession,
-    Send,
-    SettleTask,
-    StoredState,
-    StoredTask,
-    StoreTask,
-    Task,
-    matcher,
-)
+from prunus.messaging import broker, queues
+from prunus.messaging.broker import BrokerCore, Came, Changes, Client, Effect, Left, Show, StoredState
+from prunus.messaging.inventory import TaskInfo
 from prunus.messaging.messages import (
+    LEASE_S,
     Alive,
     BroadcastDelivery,
     BroadcastSend,
@@ -44,6 +26,8 @@ from prunus.messaging.messages import (
     Call,
     ClientMessage,
     Done,
+    Edited,
+    Goodbye,
     Heartbeat,
     Hello,
     HelloNeeded,
@@ -55,8 +39,11 @@ from prunus.messaging.messages import (
     RpcDone,
     RpcRequest,
     RpcSubscribe,
+    RpcUnsubscribe,
     TaskAck,
     TaskDelivery,
+    TaskEdit,
+    TaskList,
     TaskNack,
     TaskResult,
     TaskSend,
@@ -66,27 +53,79 @@ from prunus.messaging.messages import (
     Welcome,
     decode_from_broker,
 )
+from prunus.messaging.queues import BACK_OFF_S, MAX_BACK_OFF_S, Deliver, Hold, Keep, Send, Task
 
 EPOCH = 7
+WALL = 1_700_000_000.0
 
 
 class Bench:
-    """A core, the clock, and who said what to whom."""
+    """A core, the clocks, and who said what to whom."""
 
     def __init__(self, state: StoredState | None = None, epoch: int = EPOCH) -> None:
-        self.core = BrokerCore(epoch, 0.0, state)
+        self.core = BrokerCore(epoch, 0.0, state, wall=WALL)
         self.now = 0.0
-        self.stored: list[Effect] = []
+        self.bodies: dict[int, bytes] = {}
+        self.effects: list[Effect] = []
+        """All that were no sends."""
 
     def take(self, effects: list[Effect]) -> list[tuple[str, BrokerMessage]]:
         sends = []
         for effect in effects:
-            if isinstance(effect, Send):
-                message = effect.message
-                sends.append((effect.session, decode_from_broker(message) if isinstance(message, bytes) else message))
-            else:
-                self.stored.append(effect)
+            match effect:
+                case Send():
+                    message = effect.message
+                    message = decode_from_broker(message) if isinstance(message, bytes) else message
+                    sends.append((effect.session, message))
+                case Deliver():
+                    sends.append(self.delivery(effect.task))
+                case Keep():
+                    self.bodies[effect.number] = effect.body
+                case _:
+                    self.effects.append(effect)
         return sends
+
+    def delivery(self, task: Task) -> tuple[str, TaskDelivery]:
+        assert task.hold is not None
+        delivery = TaskDelivery(
+            task=task.id,
+            queue=task.queue,
+            key=task.key,
+            body=self.bodies.get(task.number, b"?"),
+            epoch=task.hold.epoch,
+            attempt=task.attempt,
+            subject=task.subject,
+            pattern=task.hold.pattern,
+        )
+        return task.hold.session, delivery
+
+    def changes(self) -> Changes:
+        """What has to be stored; the tasks as after that."""
+        changes = self.core.take_changes()
+        for task in changes.tasks:
+            task.is_stored = bool(task.place)
+        return changes
+
+    def tasks(self, place: str | None = None) -> list[str]:
+        """Their ids, oldest first."""
+        [show] = [
+            one
+            for one in self.core.handle(self.now, self.anybody(), TaskList(id=0, limit=1000))
+            if isinstance(one, Show)
+        ]
+        return [task.id for task in show.tasks if place in (None, task.place)]
+
+    def info(self, task: str) -> TaskInfo:
+        [show] = [
+            one
+            for one in self.core.handle(self.now, self.anybody(), TaskList(id=0, task=task))
+            if isinstance(one, Show)
+        ]
+        [found] = show.tasks
+        return self.core.info(found)
+
+    def anybody(self) -> str:
+        return next(name for name, one in self.core.statistics().sessions.items() if one.connected)
 
     def say(self, session: str, message: ClientMessage) -> list[tuple[str, BrokerMessage]]:
         return self.take(self.core.handle(self.now, session, message))
@@ -96,6 +135,7 @@ class Bench:
 
     def wait(self, seconds: float) -> list[tuple[str, BrokerMessage]]:
         self.now += seconds
+        self.core.wall += seconds
         return self.take(self.core.tick(self.now))
 
     def deliveries(self, sends: list[tuple[str, BrokerMessage]]) -> list[tuple[str, TaskDelivery]]:
@@ -109,12 +149,29 @@ def bench() -> Bench:
     bench.hello("ann")
     bench.hello("bob", queues=(("default", 2),))
     bench.hello("cat")
-    bench.stored.clear()
+    bench.changes()
+    bench.effects.clear()
     return bench
 
 
 def send(number: int, **fields: object) -> TaskSend:
     return TaskSend(id=number, task=f"t{number}", body=b"%d" % number, **fields)  # type: ignore[arg-type]
+
+
+def refusal(sends: list[tuple[str, BrokerMessage]]) -> Exception:
+    """The error that is the only answer."""
+    [(_, refused)] = sends
+    assert isinstance(refused, Refused)
+    return refused.failure.to_exception()
+
+
+def outcomes(sends: list[tuple[str, BrokerMessage]]) -> list[tuple[str, str, object]]:
+    """The results that are told: to whom, of which task, and what (an error as an exception)."""
+    return [
+        (session, one.task, one.outcome.to_exception() if isinstance(one.outcome, Failure) else one.outcome)
+        for session, one in sends
+        if isinstance(one, TaskResult)
+    ]
 
 
 # --- sessions ---
@@ -124,9 +181,10 @@ def test_only_those_who_said_hello_are_served() -> None:
     """A message of an unknown session is answered with `HelloNeeded` and does nothing."""
     bench = Bench()
     assert bench.say("ann", send(1)) == [("ann", HelloNeeded())]
-    assert bench.stored == []
+    assert not bench.changes()
     assert bench.hello("ann") == [("ann", Welcome(broker_epoch=EPOCH))]
-    assert bench.stored == [SaveSession("ann", Peer("h", 1, 2))]
+    assert bench.effects == [Came("ann", Peer("h", 1, 2))]
+    assert bench.changes().sessions == {"ann": Peer("h", 1, 2)}
     assert bench.say("ann", Heartbeat()) == [("ann", Alive())]
 
 
@@ -142,7 +200,8 @@ def test_silence_ends_a_session(bench: Bench) -> None:
     [(to, again)] = bench.deliveries(bench.wait(0.1))
     assert (to, again.task, again.attempt) == ("cat", "t1", 2)
     assert again.epoch > held.epoch
-    assert ForgetSession("bob") in bench.stored
+    assert Left("bob", Peer("h", 1, 2)) in bench.effects
+    assert bench.changes().sessions == {"bob": None}
 
 
 def test_a_broker_that_was_asleep_blames_nobody(bench: Bench) -> None:
@@ -180,7 +239,7 @@ def test_who_was_taken_for_dead_does_nothing_twice(bench: Bench) -> None:
 def test_a_lost_connection_only_stops_deliveries(bench: Bench) -> None:
     """While it is away nothing is given to it and nothing is taken from it."""
     bench.say("ann", send(1))
-    bench.take(bench.core.disconnected("bob"))
+    bench.core.disconnected("bob")
     assert bench.deliveries(bench.say("ann", send(2))) == []
     stated = {"held": (("t1", (EPOCH << 32) + 1),), "queues": (("default", 2),)}
     sends = bench.hello("bob", **stated)
@@ -189,10 +248,10 @@ def test_a_lost_connection_only_stops_deliveries(bench: Bench) -> None:
 
 
 def test_what_never_arrived_is_queued_again(bench: Bench) -> None:
-    """A held task that is not listed in `Hello` was lost on the way: the next attempt follows at once."""
+    """A held task that is not listed in `Hello` was lost on the way: nobody tried it, and it is offered at once."""
     bench.say("ann", send(1))
     [(_, again)] = bench.deliveries(bench.hello("bob", queues=(("default", 2),)))
-    assert (again.task, again.attempt) == ("t1", 2)
+    assert (again.task, again.attempt, again.epoch) == ("t1", 1, (EPOCH << 32) + 2)
 
 
 def test_what_is_no_longer_yours_is_named(bench: Bench) -> None:
@@ -207,16 +266,26 @@ def test_what_is_no_longer_yours_is_named(bench: Bench) -> None:
 
 
 def test_stored_before_confirmed_and_delivered(bench: Bench) -> None:
-    """The effects stand in the order in which they must happen."""
+    """The effects stand in the order in which they must happen, and all that changed is one task with its holder."""
     effects = bench.core.handle(0.0, "ann", send(1, key="k"))
-    task = Task(id="t1", queue="default", key="k", priority=0, body=b"1", order=1)
-    epoch = (EPOCH << 32) + 1
-    assert effects[0] == StoreTask(task, ())
-    assert isinstance(effects[1], SaveAnswer)
-    assert effects[3] == HoldTask("t1", "bob", epoch, 1)
-    assert effects[4] == Send(
-        "bob", TaskDelivery(task="t1", queue="default", key="k", body=b"1", epoch=epoch, attempt=1)
-    )
+    keep, confirm, deliver = effects
+    assert keep == Keep(1, b"1")
+    assert confirm == Send("ann", TaskStored(id=1, task="t1", stored=True))
+    assert isinstance(deliver, Deliver)
+    bench.take(effects)
+    delivery = TaskDelivery(task="t1", queue="default", key="k", body=b"1", epoch=(EPOCH << 32) + 1, attempt=1)
+    assert bench.delivery(deliver.task) == ("bob", delivery)
+    changes = bench.changes()
+    assert changes.tasks == [deliver.task]
+    assert changes.clients["ann"].done == 2
+
+
+def test_what_came_and_went_in_one_batch_leaves_no_row(bench: Bench) -> None:
+    """A task that was settled before anything was written has no place, and was never stored."""
+    [(_, held)] = bench.deliveries(bench.say("ann", send(1)))
+    bench.say("bob", TaskAck(id=1, task="t1", epoch=held.epoch))
+    [gone] = bench.changes().tasks
+    assert (gone.place, gone.is_stored) == ("", False)
 
 
 def test_said_again_is_stored_once(bench: Bench) -> None:
@@ -225,53 +294,140 @@ def test_said_again_is_stored_once(bench: Bench) -> None:
     assert said[0] == ("ann", TaskStored(id=1, task="t1", stored=True))
     [(_, held)] = bench.deliveries(said)
     bench.say("bob", TaskAck(id=1, task="t1", epoch=held.epoch))
-    bench.stored.clear()
+    bench.changes()
     assert bench.say("ann", send(1)) == [("ann", TaskStored(id=1, task="t1", stored=True))]
-    assert bench.stored == []
+    assert not bench.changes()
 
 
 def test_a_task_has_one_id(bench: Bench) -> None:
-    """Even if its answers are forgotten, a task that is there is not stored again."""
+    """Whoever sends it, a task that is there is not stored again."""
     bench.say("ann", send(1))
-    bench.stored.clear()
+    bench.changes()
     assert bench.say("cat", send(1)) == [("cat", TaskStored(id=1, task="t1", stored=True))]
-    assert not [effect for effect in bench.stored if isinstance(effect, StoreTask)]
+    assert not bench.changes().tasks
 
 
 def test_seen_answers_are_forgotten(bench: Bench) -> None:
     """What the client has seen is dropped; asking for it again is answered with "nobody knows", never done again."""
-    bench.say("ann", send(1))
-    bench.stored.clear()
-    bench.say("ann", Heartbeat(seen=2))
-    assert bench.stored == [DropAnswers("ann", 2)]
-    [(_, refused)] = bench.say("ann", send(1, key="other"))
-    assert isinstance(refused, Refused)
-    assert isinstance(refused.failure.to_exception(), IndeterminateError)
-    bench.stored.clear()
-    bench.say("ann", Heartbeat(seen=2))
-    assert bench.stored == []
+    bench.say("ann", send(1, queue="q", key="k"))
+    bench.say("ann", send(2, queue="q", key="k"))
+    assert list(bench.changes().answers) == [("ann", 2)]
+    bench.say("ann", Heartbeat(seen=3))
+    assert bench.changes().dropped == {"ann": 3}
+    for number in (1, 2):
+        assert isinstance(refusal(bench.say("ann", send(number, key="other"))), IndeterminateError)
+    bench.say("ann", Heartbeat(seen=3))
+    assert not bench.changes()
 
 
 def test_kept_answers_have_a_bound(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest answers go when a client never says what it has seen."""
+    """The oldest answers go when a client never says what it has seen; so does what was refused."""
     monkeypatch.setattr(broker, "MAX_ANSWERS", 3)
-    for number in range(1, 6):
-        bench.say("ann", send(number))
+    for number in range(1, 7):
+        bench.say("ann", send(number, queue="q", key="k"))
     assert bench.core.statistics().answers_kept == 3
-    [(_, answer)] = bench.say("ann", send(5))
-    assert answer == TaskStored(id=5, task="t5", stored=True)
+    assert bench.say("ann", send(6, queue="q", key="k")) == [("ann", TaskStored(id=6, task="t1", stored=False))]
+    assert isinstance(refusal(bench.say("ann", send(2, queue="q", key="k"))), IndeterminateError)
+    bench.core.refuse_new = "/disk"
+    for number in range(7, 12):
+        bench.say("ann", send(number))
+    bench.core.refuse_new = None
+    assert isinstance(refusal(bench.say("ann", send(8))), IndeterminateError)
+    assert bench.say("ann", send(9))[0] == ("ann", TaskStored(id=9, task="t9", stored=True))
+
+
+# --- saying it again ---
+
+
+def restarted(bench: Bench, stored: list[Changes]) -> Bench:
+    """A new core from what was stored."""
+    clients: dict[str, Client] = {}
+    answers: dict[tuple[str, int], bytes] = {}
+    tasks: dict[int, Task] = {}
+    for changes in stored:
+        for name, client in changes.clients.items():
+            assert client is not None
+            clients[name] = Client(secret=client.secret, done=client.done, undone=dict(client.undone))
+        answers |= changes.answers
+        tasks |= {task.number: task for task in changes.tasks}
+    state = StoredState(
+        tasks=[task for task in tasks.values() if task.place],
+        clients=tuple(clients.items()),
+        answers=tuple((session, request, frame) for (session, request), frame in answers.items()),
+    )
+    return Bench(state, EPOCH + 1)
+
+
+@pytest.mark.parametrize("with_restart", [False, True])
+def test_a_refused_request_below_the_mark(bench: Bench, with_restart: bool) -> None:
+    """It was not done, whatever was done after it: said again it is tried again, and those around it are not."""
+    bench.say("ann", send(1, queue="q"))
+    bench.core.refuse_new = "/disk"
+    assert isinstance(refusal(bench.say("ann", send(2, queue="q"))), StoreFullError)
+    bench.core.refuse_new = None
+    bench.say("ann", send(3, queue="q"))
+    stored = [bench.changes()]
+    if with_restart:
+        bench = restarted(bench, stored)
+    bench.hello("ann", seen=1)
+    accepted = bench.core.statistics().accepted
+    for number in (1, 2, 3):
+        assert bench.say("ann", send(number, queue="q")) == [
+            ("ann", TaskStored(id=number, task=f"t{number}", stored=True))
+        ]
+    assert bench.core.statistics().accepted == accepted + 1
+    assert bench.tasks() == ["t1", "t3", "t2"]
+
+
+@pytest.mark.parametrize("with_restart", [False, True])
+def test_a_request_that_was_lost_on_the_way(bench: Bench, with_restart: bool) -> None:
+    """A gap in the ids is no proof that it was done: it is done when it is said again."""
+    bench.say("ann", send(1, queue="q"))
+    bench.say("ann", send(4, queue="q"))
+    stored = [bench.changes()]
+    if with_restart:
+        bench = restarted(bench, stored)
+    bench.hello("ann", seen=1)
+    for number in (1, 2, 3, 4):
+        bench.say("ann", send(number, queue="q"))
+    assert sorted(bench.tasks()) == ["t1", "t2", "t3", "t4"]
+
+
+@pytest.mark.parametrize("with_restart", [False, True])
+def test_a_joined_request_said_again(bench: Bench, with_restart: bool) -> None:
+    """It gets the answer of the first time, also when the task that it joined is over meanwhile."""
+    bench.say("ann", send(1, queue="q", key="k"))
+    bench.say("ann", send(2, queue="q", key="k"))
+    bench.say("ann", send(3, queue="q"))
+    bench.say("ann", TaskEdit(id=4, action="delete", tasks=("t1",)))
+    stored = [bench.changes()]
+    if with_restart:
+        bench = restarted(bench, stored)
+    bench.hello("ann", seen=1)
+    assert bench.say("ann", send(2, queue="q", key="k")) == [("ann", TaskStored(id=2, task="t1", stored=False))]
+    assert bench.tasks() == ["t3"]
+
+
+def test_a_hostile_gap_costs_nothing(bench: Bench) -> None:
+    """An id far ahead is no reason to remember all those below it."""
+    bench.say("ann", send(2**60, queue="q"))
+    bench.say("ann", send(2**61, queue="q"))
+    assert len(bench.changes().clients["ann"].undone) <= broker.MAX_ANSWERS
+
+
+# --- settling ---
 
 
 def test_only_the_holder_settles_and_only_now(bench: Bench) -> None:
     """An acknowledgement of another session, or under another epoch, is confirmed as stale and changes nothing."""
     [(_, held)] = bench.deliveries(bench.say("ann", send(1)))
-    bench.stored.clear()
+    bench.changes()
     for session, epoch in (("cat", held.epoch), ("bob", held.epoch - 1), ("bob", held.epoch + 1)):
         for kind in (TaskAck, TaskNack):
             assert bench.say(session, kind(id=9, task="t1", epoch=epoch)) == [(session, Done(id=9, stale=True))]
-    assert bench.stored == []
+    assert not bench.changes()
     assert bench.say("bob", TaskAck(id=9, task="t1", epoch=held.epoch)) == [("bob", Done(id=9))]
-    assert bench.stored == [DeleteTask("t1")]
+    assert [(task.id, task.place) for task in bench.changes().tasks] == [("t1", "")]
     assert bench.say("bob", TaskAck(id=9, task="t1", epoch=held.epoch)) == [("bob", Done(id=9, stale=True))]
 
 
@@ -316,9 +472,9 @@ def test_a_returned_task_is_merged_with_its_equal(bench: Bench) -> None:
     """A held task that comes back while one with its key is pending is one with it; who waits for it is told."""
     [(_, held)] = bench.deliveries(bench.say("ann", send(1, key="k", want_result=True)))
     bench.say("cat", send(2, key="k"))
-    bench.stored.clear()
     sends = bench.say("bob", TaskNack(id=1, task="t1", epoch=held.epoch))
-    assert DeleteTask("t1") in bench.stored
+    bench.say("ann", ResultSeen(task="t1"))
+    assert bench.tasks() == ["t2"]
     [result] = [message for session, message in sends if isinstance(message, TaskResult)]
     assert isinstance(result.outcome, Failure)
     assert isinstance(result.outcome.to_exception(), IndeterminateError)
@@ -331,7 +487,7 @@ def test_who_leaves_may_wait_for_what_is_merged(bench: Bench) -> None:
     bench.say("bob", send(1, key="k", want_result=True))
     bench.say("bob", send(2, key="k", want_result=True))
     bench.take(bench.core.expired("bob"))
-    assert bench.core.statistics().pending == {"default": 1}
+    assert bench.core.statistics().queues["default"].ready == 1
 
 
 def test_a_full_disk_refuses_new_tasks_only(bench: Bench) -> None:
@@ -349,7 +505,7 @@ def test_a_full_disk_refuses_new_tasks_only(bench: Bench) -> None:
 
 def test_the_queue_has_a_bound(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too many tasks are refused with `BusyError`."""
-    monkeypatch.setattr(broker, "MAX_TASKS", 1)
+    monkeypatch.setattr(queues, "MAX_TASKS", 1)
     bench.say("ann", send(1))
     [(_, refused)] = bench.say("ann", send(2))
     assert isinstance(refused, Refused)
@@ -365,14 +521,48 @@ def test_a_result_waits_until_it_is_seen(bench: Bench) -> None:
     sends = bench.say("bob", TaskAck(id=1, task="t1", epoch=held.epoch, outcome=b"42"))
     result = TaskResult(task="t1", outcome=b"42")
     assert ("ann", result) in sends
-    assert isinstance(bench.stored[-1], SettleTask)
+    assert bench.tasks("settled") == ["t1"]
     assert ("ann", result) in bench.hello("ann", awaited=("t1",))
     assert ("ann", result) in bench.hello("ann", expected=("t1",))
     bench.say("ann", ResultSeen(task="t1"))
-    assert bench.stored[-1] == DeleteTask("t1")
+    assert bench.tasks() == []
     sends = bench.hello("ann", awaited=("t1",))
     assert isinstance(sends[-1][1], TaskResult)
     assert isinstance(sends[-1][1].outcome, Failure)
+
+
+def test_a_result_is_not_lost_by_deleting_its_task(bench: Bench) -> None:
+    """A task that is over can't be deleted any more: what it came to belongs to who waits for it."""
+    [(_, held)] = bench.deliveries(bench.say("ann", send(1, want_result=True)))
+    bench.say("bob", TaskAck(id=1, task="t1", epoch=held.epoch, outcome=b"42"))
+    edited = bench.say("bob", TaskEdit(id=2, action="delete", tasks=("t1",)))
+    assert edited == [("bob", Edited(id=2, changed=0, held=0))]
+    assert ("ann", TaskResult(task="t1", outcome=b"42")) in bench.hello("ann", awaited=("t1",))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("over", [False, True])
+def test_a_sender_that_was_taken_for_dead_does_not_wait_for_ever(bench: Bench, joined: bool, over: bool) -> None:
+    """Said again, the same answer; and its result, or, if that is over, that nobody knows it any more."""
+    bench.say("cat", send(1, key="k", queue="q"))
+    task, message = ("t1" if joined else "t2"), send(2, key="k" if joined else None, queue="q", want_result=True)
+    bench.say("ann", message)
+    bench.take(bench.core.expired("ann"))
+    if over:
+        bench.say("cat", TaskEdit(id=2, action="delete", queue="q"))
+    bench.hello("ann", expected=("t2",))
+    sends = bench.say("ann", message)
+    assert sends[0] == ("ann", TaskStored(id=2, task=task, stored=not joined))
+    if over:
+        [(_, told, error)] = outcomes(sends)
+        assert told == task
+        assert isinstance(error, IndeterminateError)
+        return
+    assert outcomes(sends) == []
+    given = bench.deliveries(bench.say("bob", TaskSubscribe(id=7, queue="q", credit=2)))
+    [held] = [delivery for _, delivery in given if delivery.task == task]
+    sends = bench.say("bob", TaskAck(id=8, task=task, epoch=held.epoch, outcome=b"42"))
+    assert outcomes(sends) == [("ann", task, b"42")]
 
 
 def test_a_result_for_nobody_is_not_kept(bench: Bench) -> None:
@@ -381,16 +571,16 @@ def test_a_result_for_nobody_is_not_kept(bench: Bench) -> None:
         bench.hello("ann")
         [(_, held)] = bench.deliveries(bench.say("ann", send(number + 1, want_result=True)))
         bench.say("bob", TaskAck(id=1, task=held.task, epoch=held.epoch, outcome=b"42"))
-        bench.stored.clear()
         away()
-        assert DeleteTask(held.task) in bench.stored
+        bench.hello("cat")
+        assert bench.tasks() == []
 
 
 # --- questions ---
 
 
-def ask(number: int = 1, since: int = 0) -> RpcRequest:
-    return RpcRequest(id=number, recipient="name", body=b"?", timeout_s=10.0, since=since)
+def ask(number: int = 1, since: int = 0, recipient: str = "name") -> RpcRequest:
+    return RpcRequest(id=number, recipient=recipient, body=b"?", timeout_s=10.0, since=since)
 
 
 def test_a_question_and_its_answer(bench: Bench) -> None:
@@ -415,14 +605,14 @@ def test_a_question_to_nobody(bench: Bench) -> None:
 def test_a_name_of_another(bench: Bench) -> None:
     """A name has one owner as long as its session lives; said again by the owner it is confirmed."""
     bench.say("bob", RpcSubscribe(id=1, identifier="name"))
-    assert bench.say("bob", RpcSubscribe(id=1, identifier="name")) == [("bob", Done(id=1))]
+    assert bench.say("bob", RpcSubscribe(id=1, identifier="name")) == [("bob", Done(id=1, since=EPOCH))]
     [(_, refused)] = bench.say("ann", RpcSubscribe(id=1, identifier="name"))
     assert isinstance(refused, Refused)
     assert isinstance(refused.failure.to_exception(), DuplicateSubscriberError)
     [(_, welcome), *_] = bench.hello("ann", identifiers=(("name", 0),))
     assert welcome == Welcome(broker_epoch=EPOCH, taken=("name",))
     bench.take(bench.core.expired("bob"))
-    assert bench.say("ann", RpcSubscribe(id=2, identifier="name")) == [("ann", Done(id=2))]
+    assert bench.say("ann", RpcSubscribe(id=2, identifier="name")) == [("ann", Done(id=2, since=EPOCH + 1))]
 
 
 def test_the_one_who_was_asked_is_gone(bench: Bench) -> None:
@@ -440,9 +630,58 @@ def test_a_question_is_said_again_to_one_who_came_back(bench: Bench) -> None:
     """What was on the way when the connection broke is sent once more; the one who is asked recognises it."""
     bench.say("bob", RpcSubscribe(id=1, identifier="name"))
     bench.say("ann", ask())
-    bench.take(bench.core.disconnected("bob"))
+    bench.core.disconnected("bob")
     sends = bench.hello("bob", identifiers=(("name", EPOCH),))
     assert sends[-1] == ("bob", RpcDelivery(caller="ann", id=1, identifier="name", body=b"?"))
+
+
+def test_a_question_is_not_asked_of_two(bench: Bench) -> None:
+    """Its answer was lost and the name has changed hands: said again, nobody knows; the same one answers again."""
+    bench.say("bob", RpcSubscribe(id=1, identifier="name"))
+    bench.say("ann", ask())
+    bench.say("bob", RpcAnswer(caller="ann", id=1, outcome=b"!"))
+    assert [to for to, _ in bench.say("ann", ask(since=EPOCH))] == ["bob"]
+    bench.say("bob", RpcAnswer(caller="ann", id=1, outcome=b"!"))
+    bench.take(bench.core.expired("bob"))
+    assert isinstance(refusal(bench.say("ann", ask(since=EPOCH))), IndeterminateError)
+    bench.say("cat", RpcSubscribe(id=1, identifier="name"))
+    assert isinstance(refusal(bench.say("ann", ask(since=EPOCH))), IndeterminateError)
+    bench.say("ann", Heartbeat(seen=2))
+    assert [to for to, _ in bench.say("ann", ask(2))] == ["cat"]
+
+
+def test_a_question_that_an_older_broker_may_have_passed_on(bench: Bench) -> None:
+    """If nobody has the name now, that does not say that it had no effect."""
+    assert isinstance(refusal(bench.say("ann", ask(1, since=EPOCH - 1))), IndeterminateError)
+    assert isinstance(refusal(bench.say("ann", ask(2))), UnroutableError)
+
+
+@pytest.mark.parametrize("remembered", [10, 0])
+def test_a_name_that_changed_hands_before_a_restart(monkeypatch: pytest.MonkeyPatch, remembered: int) -> None:
+    """Its new owner was not the one who was asked: to the next broker it says a stamp that shows that."""
+    monkeypatch.setattr(broker, "MAX_FORMER_NAMES", remembered)
+    bench, after = Bench(), Bench(epoch=EPOCH + 1)
+    for session in ("ann", "bob", "cat"):
+        bench.hello(session)
+    bench.say("bob", RpcSubscribe(id=1, identifier="name"))
+    bench.say("ann", ask())
+    bench.say("bob", RpcUnsubscribe(id=2, identifier="name"))
+    [(_, taken)] = bench.say("cat", RpcSubscribe(id=1, identifier="name"))
+    assert isinstance(taken, Done)
+    after.hello("cat", identifiers=(("name", taken.since),))
+    after.hello("ann")
+    assert isinstance(refusal(after.say("ann", ask(since=EPOCH))), IndeterminateError)
+    assert [to for to, _ in after.say("ann", ask(2))] == ["cat"]
+
+
+def test_who_was_asked_is_remembered_within_a_bound(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as the caller does not say what it has seen."""
+    monkeypatch.setattr(broker, "MAX_ANSWERS", 3)
+    bench.say("bob", RpcSubscribe(id=1, identifier="name"))
+    for number in range(1, 9):
+        bench.say("ann", ask(number))
+        bench.say("bob", RpcAnswer(caller="ann", id=number, outcome=b"!"))
+    assert len(bench.core._clients["ann"].asked) == 3
 
 
 def test_open_questions_have_a_bound(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,33 +717,17 @@ def test_one_delivery_a_session(bench: Bench) -> None:
     assert [to for to, _ in sends] == ["ann", "ann"]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "matching", "others"),
-    [
-        (None, [None, "", "x"], []),
-        ("x", ["x"], [None, "", "xx", "X"]),
-        ("*", ["", "x", "x\ny"], [None]),
-        ("a.*.c", ["a.b.c", "a..c", "a.b.b.c"], ["a.c", "xa.b.c", "a.b.cx"]),
-        ("a.*", ["a.", "a.b"], ["a", "ab"]),
-        ("(*)+", ["()+", "(x)+"], ["x", "(x)"]),
-    ],
-)
-def test_patterns(pattern: str | None, matching: list[str | None], others: list[str | None]) -> None:
-    """``*`` is any run of characters, everything else is itself."""
-    match = matcher(pattern)
-    assert all(match(text) for text in matching)
-    assert not any(match(text) for text in others)
-
-
 # --- a restart ---
 
 
+def task_row(number: int, order: int, key: str | None = None) -> Task:
+    return Task(9, order, number, f"t{number}", "default", key, None, (), 1, WALL, is_stored=True)
+
+
 def held_by_bob(key: str | None = None) -> StoredState:
-    task = Task(id="t1", queue="default", key=key, priority=0, body=b"1", order=5)
-    return StoredState(
-        tasks=(StoredTask(task=task, attempt=1, holder="bob", epoch=(EPOCH << 32) + 1),),
-        sessions=(("bob", Peer("h", 1, 2)),),
-    )
+    task = task_row(1, 5, key)
+    task.attempt, task.hold = 1, Hold("bob", None, (EPOCH << 32) + 1, 0.0)
+    return StoredState(tasks=(task,), sessions=(("bob", Peer("h", 1, 2)),))
 
 
 def test_after_a_restart_the_holder_keeps_its_task() -> None:
@@ -530,7 +753,7 @@ def test_after_a_restart_the_holder_has_one_lease() -> None:
 def test_after_a_restart_keys_are_still_held() -> None:
     """A pending task whose key is held waits, also if it was accepted before the restart."""
     state = held_by_bob("k")
-    pending = StoredTask(task=Task(id="t2", queue="default", key="k", priority=0, body=b"2", order=1))
+    pending = task_row(2, 1, "k")
     bench = Bench(StoredState(tasks=(*state.tasks, pending), sessions=state.sessions), EPOCH + 1)
     assert bench.deliveries(bench.hello("cat", queues=(("default", 5),))) == []
     bench.hello("bob", held=(("t1", (EPOCH << 32) + 1),))
@@ -543,8 +766,7 @@ def test_after_a_restart_new_tasks_come_after_old_ones() -> None:
     bench = Bench(held_by_bob(), EPOCH + 1)
     bench.hello("ann")
     bench.say("ann", send(9))
-    [stored] = [effect for effect in bench.stored if isinstance(effect, StoreTask)]
-    assert stored.task.order == 6
+    assert bench.info("t9").order == 6
 
 
 def test_a_held_task_without_a_session_is_pending() -> None:
@@ -553,7 +775,7 @@ def test_a_held_task_without_a_session_is_pending() -> None:
     bench = Bench(StoredState(tasks=state.tasks), EPOCH + 1)
     [(to, delivery)] = bench.deliveries(bench.hello("cat", queues=(("default", 1),)))
     assert (to, delivery.task) == ("cat", "t1")
-    assert ReleaseTask("t1") in bench.stored
+    assert [task.id for task in bench.changes().tasks] == ["t1"]
 
 
 def test_after_a_restart_a_question_waits_for_those_who_are_expected() -> None:
@@ -578,9 +800,28 @@ def test_after_a_restart_a_question_is_not_asked_of_somebody_else() -> None:
     assert isinstance(refused, Refused)
     assert isinstance(refused.failure.to_exception(), IndeterminateError)
     assert len(bench.say("ann", ask(2))) == 1
-    bench.hello("bob", identifiers=(("old", EPOCH - 1),))
-    old = RpcRequest(id=3, recipient="old", body=b"", timeout_s=10.0, since=EPOCH)
-    assert [to for to, _ in bench.say("ann", old)] == ["bob"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "epoch", "asked"),
+    [
+        pytest.param(("bob",), EPOCH, True, id="it was here then and is here now"),
+        pytest.param(("bob",), EPOCH - 1, False, id="it was not here then: somebody else may have had its name"),
+        pytest.param((), EPOCH, False, id="it was given up then: somebody else may have had its name"),
+    ],
+)
+def test_who_asks_again_after_a_restart(stored: tuple[str, ...], epoch: int, asked: bool) -> None:
+    """A question is said again to the owner of its name only if nobody else can have been asked before."""
+    peer = Peer("h", 1, 2)
+    bench = Bench(epoch=EPOCH + 1, state=StoredState(sessions=tuple((name, peer) for name in stored)))
+    bench.hello("ann")
+    [(_, welcome)] = bench.hello("bob", identifiers=(("old", EPOCH - 1),), epoch=epoch)
+    assert isinstance(welcome, Welcome)
+    assert welcome.since == (0 if asked else EPOCH + 2), "from when on its name counts as its own"
+    [(to, answer)] = bench.say("ann", ask(3, since=EPOCH, recipient="old"))
+    assert to == ("bob" if asked else "ann")
+    assert isinstance(answer, RpcDelivery if asked else Refused)
+    assert [to for to, _ in bench.say("ann", ask(4, recipient="old"))] == ["bob"], "one that is new"
 
 
 # --- the rest ---
@@ -607,3 +848,74 @@ def test_the_same_calls_give_the_same_effects() -> None:
         return effects + core.tick(100.0)
 
     assert run() == run()
+
+
+# --- edits of many tasks ---
+
+
+@pytest.fixture
+def many(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Five tasks, of which an edit does two at once."""
+    monkeypatch.setattr(broker, "EDITED_AT_ONCE", 2)
+    for number in range(1, 6):
+        bench.say("ann", send(number, queue="q"))
+    return bench
+
+
+def test_an_edit_of_many_tasks_lets_others_have_their_turn(many: Bench) -> None:
+    """It is answered at its end; said again meanwhile it does not begin again."""
+    purge = TaskEdit(id=1, action="delete", queue="q")
+    assert many.say("cat", purge) == []
+    assert many.tasks() == ["t3", "t4", "t5"]
+    assert many.core.due() <= many.now, "it goes on at once"
+    assert many.say("ann", send(6, queue="q")) == [("ann", TaskStored(id=6, task="t6", stored=True))]
+    assert many.take(many.core.go_on()) == []
+    assert many.hello("cat") == [("cat", Welcome(broker_epoch=EPOCH))]
+    assert many.say("cat", purge) == []
+    assert many.take(many.core.go_on()) == [("cat", Edited(id=1, changed=5, held=0))]
+    assert many.tasks() == ["t6"], "it was not there when the edit began"
+    assert many.core.due() > many.now
+    assert many.take(many.core.go_on()) == []
+    assert many.say("cat", purge) == [("cat", Edited(id=1, changed=5, held=0))]
+
+
+def test_what_became_of_a_task_meanwhile_counts(many: Bench) -> None:
+    """One that is held by now is left alone, one that is over is not there, one that went elsewhere is not meant."""
+    many.say("cat", TaskEdit(id=1, action="bury", queue="q", place="ready"))
+    [(_, third), (_, fourth)] = many.deliveries(many.say("bob", TaskSubscribe(id=1, queue="q", credit=2)))
+    many.say("bob", TaskSubscribe(id=2, queue="q", credit=0))
+    many.say("bob", TaskAck(id=3, task=third.task, epoch=third.epoch))
+    many.say("ann", TaskEdit(id=7, action="bury", tasks=("t5",)))
+    many.take(many.core.go_on())
+    assert many.take(many.core.go_on()) == [("cat", Edited(id=1, changed=2, held=0))]
+    assert many.tasks("dead") == ["t1", "t2", "t5"]
+    assert many.tasks("held") == [fourth.task]
+
+
+def test_an_edit_ends_with_its_session(many: Bench) -> None:
+    many.say("cat", TaskEdit(id=1, action="delete", queue="q"))
+    many.say("cat", Goodbye(id=2))
+    assert many.core.due() > many.now
+    assert many.take(many.core.go_on()) == []
+    assert many.tasks() == ["t3", "t4", "t5"]
+
+
+def test_edits_of_many_tasks_have_a_bound(many: Bench) -> None:
+    """Each keeps in mind what it has still to look at."""
+    for number in range(broker.MAX_EDITS):
+        assert many.say("cat", TaskEdit(id=number, action="requeue", queue="q")) == []
+    assert isinstance(refusal(many.say("ann", TaskEdit(id=7, action="delete", queue="q"))), BusyError)
+    assert many.say("ann", TaskEdit(id=8, action="delete", tasks=("t5",))) == [("ann", Edited(id=8, changed=1, held=0))]
+    answers = [one for _ in range(20) for one in many.take(many.core.go_on())]
+    assert answers == [("cat", Edited(id=number, changed=0, held=0)) for number in range(broker.MAX_EDITS)]
+
+
+def test_an_edit_waits_while_the_disk_is_full(many: Bench) -> None:
+    """What it would change could not be stored."""
+    many.say("cat", TaskEdit(id=1, action="delete", queue="q"))
+    many.core.hold_back = True
+    assert many.take(many.core.go_on()) == []
+    assert many.core.due() > many.now
+    assert many.tasks() == ["t3", "t4", "t5"]
+    many.core.hold_back = False
+    assert many.core.due() <= many.now

@@ -28,6 +28,7 @@ from prunus.messaging.client import (
     Up,
 )
 from prunus.messaging.messages import (
+    LEASE_S,
     MAX_FRAME_BYTES,
     Alive,
     BroadcastSubscribe,
@@ -94,8 +95,10 @@ class Line:
         self.up(epoch)
         return hello
 
-    def send(self, body: bytes = b"", want_result: bool = False) -> int:
-        return self.core.ask(self.now, lambda id: TaskSend(id=id, task=f"t{id}", body=body, want_result=want_result))
+    def send(self, body: bytes = b"", want_result: bool = False, key: str | None = None) -> int:
+        return self.core.ask(
+            self.now, lambda id: TaskSend(id=id, task=f"t{id}", body=body, want_result=want_result, key=key)
+        )
 
     def ask(self, timeout_s: float = 10.0) -> int:
         return self.core.ask(
@@ -136,13 +139,17 @@ def test_all_is_stated_again(line: Line) -> None:
     line.core.ask(line.now, lambda id: TaskUnsubscribe(id=id, queue="gone"))
     line.core.ask(line.now, lambda id: RpcSubscribe(id=id, identifier="name"))
     line.core.ask(line.now, lambda id: BroadcastSubscribe(id=id, subscription=7, sender="s*"))
-    line.hear(*(Done(id=number) for number in range(1, 6)), delivery(5))
+    line.core.ask(line.now, lambda id: TaskSubscribe(id=id, queue="q", credit=2, subject="a.*"))
+    line.core.ask(line.now, lambda id: TaskSubscribe(id=id, queue="q", credit=2, subject="gone"))
+    line.core.ask(line.now, lambda id: TaskUnsubscribe(id=id, queue="q", subject="gone"))
+    line.hear(*(Done(id=number) for number in range(1, 9)), delivery(5))
     hello = line.reconnect()
     assert hello.queues == (("q", 3),)
+    assert hello.filtered == (("q", "a.*", 2),)
     assert hello.identifiers == (("name", 1),)
     assert hello.patterns == ((7, "s*", None),)
     assert hello.held == (("t", 5),)
-    assert hello.seen == 6
+    assert hello.seen == 9
     assert line.said() == []
     line.core.ask(line.now, lambda id: RpcUnsubscribe(id=id, identifier="name"))
     assert line.reconnect().identifiers == ()
@@ -152,9 +159,10 @@ def test_what_was_not_answered_is_said_again(line: Line) -> None:
     """In order, and only that; the answer ends it."""
     first, second, third = line.send(b"1"), line.send(b"2"), line.send(b"3")
     line.said()
-    assert line.hear(TaskStored(id=second, task="t2", stored=True)) == [
-        Answered(second, TaskStored(id=second, task="t2", stored=True))
-    ]
+    [answered] = line.hear(TaskStored(id=second, task="t2", stored=True))
+    assert isinstance(answered, Answered)
+    assert (answered.id, answered.message) == (second, TaskStored(id=second, task="t2", stored=True))
+    assert isinstance(answered.request, TaskSend)
     assert line.reconnect().seen == first
     assert [message.id for message in line.said() if isinstance(message, TaskSend)] == [first, third]
     assert line.hear(TaskStored(id=second, task="t2", stored=True)) == []
@@ -170,6 +178,86 @@ def test_a_broker_that_does_not_know_us(line: Line) -> None:
     assert line.hear(delivery(5)) == []
     assert line.up(2) == [Up(again=True)]
     assert [message.id for message in line.said() if isinstance(message, TaskSend)] == [number]
+
+
+def test_a_session_has_a_secret() -> None:
+    """Each `Hello` says it, so that nobody else can speak for this session."""
+    core = ClientCore("me", Peer(), secret="s3cret")
+    for _ in range(2):
+        core.connect(100.0)
+        [hello] = [decode_from_client(frame) for frame in core.take()]
+        assert isinstance(hello, Hello)
+        assert hello.secret == "s3cret"
+
+
+def test_the_round_trip_is_measured(line: Line) -> None:
+    """From a heartbeat to its answer; said with the next one. What answers nothing measures nothing."""
+    assert line.wait(HEARTBEAT_S) == []
+    assert line.said() == [Heartbeat(seen=1, round_trip_s=0.0)]
+    line.now += 0.25
+    line.hear(Alive())
+    line.now += 1.0
+    line.hear(Alive())
+    assert line.core.round_trip_s == 0.25
+    line.wait(HEARTBEAT_S)
+    assert line.said() == [Heartbeat(seen=1, round_trip_s=0.25)]
+    line.reconnect()
+    line.now += 1.0
+    line.hear(Alive())
+    assert line.core.round_trip_s == 0.25
+
+
+def test_who_stood_still_says_nothing_under_old_epochs(line: Line) -> None:
+    """After a gap longer than a lease nothing is said on the old connection, not even what was posted meanwhile; first
+    comes `Hello`, then what was lost, then the rest."""
+    line.hear(delivery(5))
+    line.core.answer("c", 1, b"late")
+    line.now += LEASE_S + 1
+    [reconnect] = line.core.wake(line.now)
+    assert isinstance(reconnect, Reconnect)
+    line.core.ask(line.now, lambda id: TaskAck(id=id, task="t", epoch=5))
+    assert line.hear(delivery(6, "other")) == [], "it was said to who we were"
+    assert line.said() == []
+    line.core.connect(line.now)
+    [hello] = line.said()
+    assert isinstance(hello, Hello)
+    assert hello.held == (("t", 5),)
+    assert line.hear(Welcome(broker_epoch=1, lost=("t",))) == [TaskLost("t"), Up(again=True)]
+    assert [type(message) for message in line.said()] == [TaskAck]
+    assert line.core.held == {}
+
+
+def test_a_short_gap_is_none(line: Line) -> None:
+    """Within a lease nothing was taken away: the connection stays."""
+    for _ in range(3):
+        line.now += LEASE_S
+        assert line.core.wake(line.now) == []
+        line.hear(Alive())
+        assert line.core.tick(line.now) == []
+    assert line.core.up
+    assert [type(message) for message in line.said()] == [Heartbeat] * 3
+
+
+def test_a_lease_is_counted_from_the_last_sign_of_life(line: Line) -> None:
+    """What was heard since then, and that somebody looked at the clock, proves nothing to the broker."""
+    line.now += HEARTBEAT_S - 0.1
+    line.hear(delivery(5))
+    assert line.core.wake(line.now) == []
+    line.now += LEASE_S - HEARTBEAT_S + 0.2
+    assert [type(event) for event in line.core.wake(line.now)] == [Reconnect]
+    assert line.hear(delivery(6, "other")) == [], "it was said to who we were"
+
+
+def test_the_broker_says_how_long_its_lease_is(line: Line) -> None:
+    """With a short one signs of life come more often, and who was silent for longer than it believes nothing."""
+    line.core.connect(line.now)
+    line.hear(Welcome(broker_epoch=1, lease_s=3.0))
+    line.said()
+    assert line.core.due() == line.now + 1.0
+    line.wait(1.0)
+    assert line.said() == [Heartbeat(seen=1)]
+    line.now += 3.1
+    assert [type(event) for event in line.core.wake(line.now)] == [Reconnect]
 
 
 def test_heartbeats(line: Line) -> None:
@@ -207,8 +295,10 @@ def test_an_echo_is_ignored(line: Line) -> None:
     """A delivery with an epoch not above the highest one seen for that task is none."""
     assert line.hear(delivery(5)) == [delivery(5)]
     assert line.hear(delivery(5), delivery(4)) == []
+    line.core.held["old"] = 7  # held for so long that ten thousand others came since
+    assert line.hear(delivery(7, "old")) == []
     assert line.hear(delivery(6)) == [delivery(6)]
-    assert line.core.held == {"t": 6}
+    assert line.core.held == {"t": 6, "old": 7}
 
 
 @pytest.mark.parametrize("kind", [TaskAck, TaskNack])
@@ -253,7 +343,9 @@ def test_results(line: Line) -> None:
     stored, result = TaskStored(id=number, task="t1", stored=True), TaskResult(task="t1", outcome=b"42")
     line.said()
     assert line.hear(result) == [], "it was faster than the answer to its sending"
-    assert line.hear(stored) == [Answered(number, stored), result]
+    [answered, told] = line.hear(stored)
+    assert isinstance(answered, Answered)
+    assert (answered.message, told) == (stored, result)
     assert line.said() == [ResultSeen(task="t1")]
     assert line.hear(result) == []
     assert line.reconnect().awaited == ()
@@ -264,6 +356,44 @@ def test_the_result_of_an_equal(line: Line) -> None:
     line.hear(TaskStored(id=line.send(want_result=True), task="other", stored=False))
     assert line.reconnect().awaited == ("other",)
     assert line.hear(TaskResult(task="other", outcome=b"42")) == [TaskResult(task="other", outcome=b"42")]
+
+
+def test_the_results_of_sends_that_joined(line: Line) -> None:
+    """A result may come before it is known who waits for it: each send gets it, and the broker keeps it as long."""
+    first, second = (line.send(want_result=True, key="k") for _ in range(2))
+    result = TaskResult(task="other", outcome=b"42")
+    line.said()
+    assert line.hear(result) == []
+    assert line.hear(TaskStored(id=first, task="other", stored=False))[1:] == [result]
+    assert line.said() == [], "the second may have joined it too"
+    assert line.hear(TaskStored(id=second, task="other", stored=False))[1:] == [result]
+    assert line.said() == [ResultSeen(task="other")]
+    assert line.reconnect().awaited == ()
+
+
+def test_a_result_that_nobody_waits_for(line: Line) -> None:
+    """The broker may forget it."""
+    line.said()
+    assert line.hear(TaskResult(task="other", outcome=b"42")) == []
+    assert line.said() == [ResultSeen(task="other")]
+
+
+def test_early_results_have_a_bound(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest are kept, and no longer than the sends that were there when they came."""
+    monkeypatch.setattr(client, "MAX_REMEMBERED", 2)
+    first = line.send(want_result=True, key="k")
+    line.said()
+    for number in range(3):
+        line.hear(TaskResult(task=f"r{number}", outcome=b""))
+    assert line.said() == [ResultSeen(task="r0")]
+    later = line.send(want_result=True, key="k")
+    line.hear(TaskStored(id=first, task="t1", stored=True))
+    assert [one for one in line.said() if isinstance(one, ResultSeen)] == [
+        ResultSeen(task="r1"),
+        ResultSeen(task="r2"),
+    ]
+    assert line.core._early_bytes == 0
+    assert later in line.core._unanswered
 
 
 # --- questions ---
@@ -374,9 +504,37 @@ def test_requests_have_a_bound(line: Line, monkeypatch: pytest.MonkeyPatch) -> N
     assert [type(message) for message in line.said()] == [TaskSend, TaskAck, Goodbye]
 
 
+def test_awaited_results_have_a_bound(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more is refused before it is sent; without a result it goes."""
+    monkeypatch.setattr(client, "MAX_AWAITED", 1)
+    line.hear(TaskStored(id=line.send(want_result=True), task="t1", stored=True))
+    with pytest.raises(BusyError, match="results"):
+        line.send(want_result=True)
+    line.send()
+    line.hear(TaskResult(task="t1", outcome=None))
+    line.send(want_result=True)
+
+
 def test_memory_has_a_bound(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The highest epochs and the given answers are remembered for the latest ones only."""
+    """The highest epochs are remembered for the latest tasks only, and for those in hand."""
     monkeypatch.setattr(client, "MAX_REMEMBERED", 2)
     line.hear(*(delivery(5, f"t{number}") for number in range(3)))
+    line.core.held.clear()
     assert line.hear(delivery(5, "t2")) == []
     assert line.hear(delivery(5, "t0")) != []
+
+
+@pytest.mark.parametrize(("bound", "value"), [("MAX_REMEMBERED", 2), ("MAX_REMEMBERED_BYTES", 100)])
+def test_given_answers_have_a_bound(line: Line, monkeypatch: pytest.MonkeyPatch, bound: str, value: int) -> None:
+    """The oldest are forgotten first, by number and by bytes; a question without an answer never is."""
+    monkeypatch.setattr(client, bound, value)
+    questions = [RpcDelivery(caller="c", id=number, identifier="name", body=b"?") for number in range(4)]
+    for question in questions:
+        line.hear(question)
+    for question in questions[1:]:
+        line.core.answer("c", question.id, bytes(40))
+    line.said()
+    assert line.hear(questions[0]) == [], "it is being answered"
+    assert line.hear(questions[3]) == []
+    assert len(line.said()) == 1
+    assert line.hear(questions[1]) == [questions[1]], "its answer was forgotten"

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from prunus.errors import InvalidStateError, MessageTooLargeError, NotDeliveredError, RemoteError, StoreFullError
+from prunus.errors import (
+    BusyError,
+    DeadLetterError,
+    Failure,
+    InvalidStateError,
+    MessageTooLargeError,
+    NotDeliveredError,
+    RemoteError,
+    StoreFullError,
+)
+from prunus.messaging import broker
+from prunus.messaging.access import Role
+from prunus.messaging.communicator import MAX_BODY_BYTES
 from prunus.messaging.exchange import (
     MAX_PROTOCOL_ERRORS,
     BrokerStoppedError,
@@ -22,6 +35,8 @@ from prunus.messaging.messages import (
     MAX_FRAME_BYTES,
     Alive,
     BroadcastDelivery,
+    BroadcastSend,
+    BroadcastSubscribe,
     BrokerMessage,
     Call,
     CallDone,
@@ -31,12 +46,23 @@ from prunus.messaging.messages import (
     Heartbeat,
     Hello,
     HelloNeeded,
+    Missed,
     Peer,
     Refused,
+    RpcRequest,
+    RpcSubscribe,
+    StatisticsAsk,
+    StatisticsTold,
     TaskAck,
     TaskDelivery,
+    TaskEdit,
+    TaskList,
+    TaskNack,
+    TaskResult,
     TaskSend,
+    TasksListed,
     TaskStored,
+    TaskSubscribe,
     Violation,
     Welcome,
     decode_from_broker,
@@ -81,7 +107,7 @@ class Desk:
         return [word for (word,) in self.connection.execute("SELECT word FROM word ORDER BY rowid")]
 
     def tasks(self) -> set[str]:
-        return {one.task.id for one in TaskStore(self.connection).load().tasks}
+        return {one.id for one in TaskStore(self.connection).load().tasks}
 
 
 @pytest.fixture
@@ -176,7 +202,7 @@ def test_a_connection_that_commits_by_itself_is_needed() -> None:
 def test_other_tables_are_left_alone(desk: Desk) -> None:
     """All tables of the broker carry its name; the service's live beside them."""
     names = {name for (name,) in desk.connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    assert names == {"broker_task", "broker_session", "broker_answer", "broker_meta", "word", "timer"}
+    assert {name for name in names if not name.startswith("broker_")} == {"word", "timer"}
 
 
 # --- calls ---
@@ -237,7 +263,7 @@ def test_an_answer_that_is_too_large_undoes_the_call(path: Path) -> None:
     """Nobody could be told what was done, so it is not done."""
 
     class Flood:
-        def left(self, session: str) -> tuple[NewTask, ...]:
+        def left(self, session: str, lost: object) -> tuple[NewTask, ...]:
             return ()
 
         def due(self) -> None:
@@ -246,7 +272,7 @@ def test_an_answer_that_is_too_large_undoes_the_call(path: Path) -> None:
         def tick(self) -> tuple[NewTask, ...]:
             return ()
 
-        def execute(self, request: bytes, session: str) -> Served:
+        def execute(self, request: bytes, session: str, role: Role) -> Served:
             return Served(answer=bytes(MAX_FRAME_BYTES + FORWARD_BYTES))
 
     connection = sqlite3.connect(path, isolation_level=None)
@@ -278,6 +304,16 @@ def test_tasks_of_the_brokers_own(desk: Desk) -> None:
     assert len(desk.tasks()) == 2
 
 
+def test_the_brokers_own_tasks_that_wait_in_vain_are_told_to_the_log(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are stored all the same; once for each resource, with what to do."""
+    desk.exchange.put(0.0, [NewTask(queue="q", key=key, needs=(("gpu", 1),)) for key in "ab"])
+    assert len(desk.tasks()) == 2
+    [said] = [record.getMessage() for record in caplog.records]
+    assert "prunus broker resource gpu" in said
+
+
 # --- routes and sessions ---
 
 
@@ -295,7 +331,7 @@ def test_a_route_that_changes_its_session(desk: Desk) -> None:
     desk.hello("r", "ann")
     desk.hello("r", "bob")
     assert set(desk.exchange.sessions()) == {"ann", "bob"}
-    assert desk.exchange.statistics().broker.connected == 1
+    assert sum(one.connected for one in desk.exchange.statistics().sessions.values()) == 1
 
 
 def test_news_of_sessions(desk: Desk) -> None:
@@ -336,7 +372,7 @@ def test_what_a_call_made_true_is_told_after_its_commit(path: Path) -> None:
     """The service's broadcasts reach whoever listens; those of a call that was undone reach nobody."""
 
     class Announcer:
-        def left(self, session: str) -> tuple[NewTask, ...]:
+        def left(self, session: str, lost: object) -> tuple[NewTask, ...]:
             return ()
 
         def due(self) -> None:
@@ -345,7 +381,7 @@ def test_what_a_call_made_true_is_told_after_its_commit(path: Path) -> None:
         def tick(self) -> tuple[NewTask, ...]:
             return ()
 
-        def execute(self, request: bytes, session: str) -> Served:
+        def execute(self, request: bytes, session: str, role: Role) -> Served:
             if request == b"refuse":
                 raise InvalidStateError("finished", "waiting")
             return Served(answer=b"", broadcasts=(NewBroadcast(sender="p", subject="s", body=request),))
@@ -384,6 +420,7 @@ def timer(number: int, seconds: float, queue: str = "q") -> ClientMessage:
 def test_a_timer_fires_in_a_tick_when_its_time_has_come(desk: Desk) -> None:
     """One commit, and not before; until then nobody is asked to look earlier than it is due."""
     desk.hello("r", "ann")
+    desk.exchange.tick(10.0)
     desk.say(("r", timer(1, 0.5)), now=10.0)
     assert desk.exchange.due() == 10.5
     desk.wall += 0.4
@@ -395,6 +432,13 @@ def test_a_timer_fires_in_a_tick_when_its_time_has_come(desk: Desk) -> None:
     assert (len(desk.tasks()), desk.passed) == (1, ["before_commit", "after_commit"])
     desk.exchange.tick(10.6)
     assert len(desk.tasks()) == 1
+
+
+def test_without_a_service_nobody_looks_at_its_timers() -> None:
+    """A broker that has nothing to do waits, instead of looking again and again."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    assert Exchange(connection, now=5.0).due() > 5.0
+    connection.close()
 
 
 def test_without_a_timer_nobody_is_woken_for_one(desk: Desk) -> None:
@@ -425,6 +469,52 @@ def test_a_jump_of_the_clock_is_seen_within_a_second(desk: Desk) -> None:
     assert len(desk.tasks()) == 2
 
 
+def test_only_commits_and_ticks_look_at_the_timers(path: Path) -> None:
+    """Not every batch: most of them can't have set one, and each look is a query."""
+
+    class Counting(ContractService):
+        looks = 0
+
+        def due(self) -> float | None:
+            self.looks += 1
+            return super().due()
+
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        service = Counting(connection, clock=lambda: wall)
+        wall = 1_000_000.0
+        exchange: Exchange[str] = Exchange(connection, service=service)
+        exchange.process(0.0, [("r", encode(Hello(session="s", peer=Peer())))])
+        exchange.process(0.0, [("r", encode(timer(1, 3600)))])
+        exchange.tick(0.0)
+        looks, ticks, now = service.looks, 0, 0.0
+        read = [("r", encode(Heartbeat())), ("r", encode(Call(id=2, requests=(b"words",))))]
+        for _ in range(400):
+            now += 0.01
+            exchange.process(now, read)
+            if now >= exchange.due():
+                ticks += 1
+                exchange.tick(now)
+        assert ticks <= 4
+        assert service.looks - looks <= 2 * ticks
+        wall += 3600.0
+        jumped = now
+        while not list(TaskStore(connection).load().tasks):
+            now += 0.01
+            exchange.process(now, read)
+            if now >= exchange.due():
+                exchange.tick(now)
+        assert now - jumped <= 1.02, "within a second, whatever else is said"
+
+
+def test_a_timer_that_a_jump_brings_near_fires_in_time(desk: Desk) -> None:
+    """The tick that sees the jump knows how long is left."""
+    desk.hello("r", "ann")
+    desk.say(("r", timer(1, 3600)), now=10.0)
+    desk.wall += 3599.75
+    desk.exchange.tick(11.0)
+    assert (desk.tasks(), desk.exchange.due()) == (set(), 11.25)
+
+
 def test_a_late_timer_fires_after_a_restart(path: Path) -> None:
     """At once: a new broker is due at the moment of its start."""
     first = Desk(path)
@@ -452,6 +542,7 @@ def test_a_busy_broker_fires_timers_in_the_commit_of_a_batch(desk: Desk) -> None
 def test_on_a_full_disk_timers_wait(desk: Desk) -> None:
     """Nothing is changed, and nobody is woken in vain; with space again they are due at once."""
     desk.hello("r", "ann")
+    desk.exchange.tick(10.0)
     desk.say(("r", timer(1, 0.5)), now=10.0)
     desk.wall += 1
     desk.exchange.refuse_changes = "somewhere"
@@ -481,4 +572,341 @@ def test_a_disk_that_is_full_at_a_timer_stops_everything(path: Path) -> None:
         with pytest.raises(BrokerStoppedError) as caught:
             exchange.tick(0.0)
         assert caught.value.full
+    connection.close()
+
+
+# --- what a broker that starts again knows ---
+
+
+def restarted(desk: Desk, path: Path) -> Desk:
+    desk.connection.close()
+    return Desk(path)
+
+
+def test_what_was_done_is_known_after_a_restart(path: Path) -> None:
+    """A request that is said again is answered as the first time; one that was refused is tried again."""
+    desk = Desk(path)
+    desk.hello("r", "ann")
+    joining = TaskSend(id=3, task="t3", body=b"", key="k")
+    desk.say(("r", send(1)), ("r", TaskSend(id=2, task="t2", body=b"", key="k")), ("r", joining))
+    desk.exchange.refuse_new = "somewhere"
+    desk.say(("r", send(4)))
+    desk.exchange.refuse_new = None
+    desk.say(("r", send(5)))
+    again = restarted(desk, path)
+    again.hello("r", "ann", seen=1)
+    before = again.tasks()
+    said = again.say(("r", send(1)), ("r", joining), ("r", send(5)))
+    assert [message for _, message in said] == [
+        TaskStored(id=1, task="t1", stored=True),
+        TaskStored(id=3, task="t2", stored=False),
+        TaskStored(id=5, task="t5", stored=True),
+    ]
+    assert again.tasks() == before
+    assert again.say(("r", send(4))) == [("r", TaskStored(id=4, task="t4", stored=True))]
+    assert again.tasks() == before | {"t4"}
+    again.connection.close()
+
+
+def test_a_batch_of_tasks_is_one_row_of_its_client(desk: Desk) -> None:
+    """What was done follows from a mark: a hundred tasks cost a hundred rows and this one."""
+    desk.hello("r", "ann")
+    before = desk.connection.total_changes
+    desk.say(*(("r", send(number)) for number in range(1, 101)))
+    assert desk.connection.total_changes == before + 101
+
+
+def test_a_task_that_comes_and_goes_in_a_batch_is_no_row(desk: Desk) -> None:
+    """Only that it was done is written."""
+    desk.hello("b", "bob", queues=(("default", 5),))
+    epoch = (1 << 32) + 1
+    before = desk.connection.total_changes
+    desk.say(("b", send(1)), ("b", TaskAck(id=2, task="t1", epoch=epoch)))
+    assert desk.connection.total_changes == before + 1
+    assert desk.tasks() == set()
+
+
+# --- sessions have secrets ---
+
+
+@pytest.mark.parametrize("after", ["while it is there", "after its lease", "after a restart"])
+def test_a_session_cannot_be_taken_over(path: Path, after: str) -> None:
+    """A `Hello` with another secret is answered with a violation that says so, and changes nothing."""
+    desk = Desk(path)
+    desk.hello("r", "ann", secret="hers", queues=(("default", 5),))
+    if after == "after its lease":
+        desk.exchange.expire(0.0, ["ann"])
+    elif after == "after a restart":
+        desk = restarted(desk, path)
+    for secret in ("his", ""):
+        [(route, violation)] = desk.hello("thief", "ann", secret=secret)
+        assert route == "thief"
+        assert isinstance(violation, Violation)
+        assert "belongs to somebody else" in violation.reason
+        assert desk.say(("thief", Heartbeat())) == [("thief", HelloNeeded())]
+    if after == "while it is there":
+        assert desk.say(("r", Heartbeat())) == [("r", Alive())]
+    [(_, welcome)] = desk.hello("r2", "ann", secret="hers")
+    assert isinstance(welcome, Welcome)
+    assert b"hers" not in path.read_bytes()
+    desk.connection.close()
+
+
+def test_who_left_for_good_does_nothing_twice(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may not have heard the answer to what it said before its goodbye; so it is remembered for a while."""
+    monkeypatch.setattr(broker, "MAX_RETIRED", 1)
+    desk.hello("r", "ann", secret="hers")
+    call = Call(id=2, requests=(b"add a",))
+    said = desk.say(("r", send(1)), ("r", call), ("r", Goodbye(id=3)))
+    desk.hello("r", "ann", secret="hers")
+    assert desk.say(("r", send(1)), ("r", call)) == said[:2]
+    assert (len(desk.tasks()), desk.words()) == (1, ["a"])
+    for name in ("ann", "bob"):
+        desk.hello(name, name, secret="x" if name == "bob" else "hers")
+        desk.say((name, Goodbye(id=4)))
+    assert desk.connection.execute("SELECT session FROM broker_client").fetchall() == [("bob",)]
+    assert desk.connection.execute("SELECT * FROM broker_answer").fetchall() == []
+
+
+def test_sessions_and_subscriptions_have_a_bound(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more is refused to the one who asks; those that are there go on, and come back."""
+    monkeypatch.setattr(broker, "MAX_SESSIONS", 1)
+    for what in ("MAX_TASK_SUBSCRIPTIONS", "MAX_PATTERNS", "MAX_IDENTIFIERS"):
+        monkeypatch.setattr(broker, what, 1)
+    desk.hello("r", "ann")
+    [(_, violation)] = desk.hello("s", "bob")
+    assert isinstance(violation, Violation)
+    assert desk.say(("r", Heartbeat())) == [("r", Alive())]
+    assert isinstance(desk.hello("r2", "ann")[0][1], Welcome)
+    for number, (first, second) in enumerate(
+        (
+            (TaskSubscribe(id=1, queue="a", credit=1), TaskSubscribe(id=2, queue="b", credit=1)),
+            (RpcSubscribe(id=3, identifier="a"), RpcSubscribe(id=4, identifier="b")),
+            (BroadcastSubscribe(id=5, subscription=1), BroadcastSubscribe(id=6, subscription=2)),
+        )
+    ):
+        said = [message for _, message in desk.say(("r2", first), ("r2", second), ("r2", first))]
+        assert [type(message) for message in said] == [Done, Refused, Done], number
+        assert isinstance(said[1], Refused)
+        assert isinstance(said[1].failure.to_exception(), BusyError)
+    for stated in (
+        {"queues": (("a", 1), ("b", 1))},
+        {"identifiers": (("a", 0), ("b", 0))},
+        {"patterns": ((1, None, None), (2, None, None))},
+    ):
+        assert isinstance(desk.hello("r2", "ann", **stated)[0][1], Violation)
+
+
+# --- peers that do not read ---
+
+
+def test_a_question_to_a_peer_that_does_not_read(desk: Desk) -> None:
+    """`BusyError` to the caller at once; the same as soon as it reads again is asked."""
+    stuck = {"b"}
+    desk.exchange.is_stuck = lambda route: route in stuck
+    desk.hello("b", "bob", identifiers=(("name", 0),))
+    desk.hello("a", "ann")
+    [(_, refused)] = desk.say(("a", RpcRequest(id=1, recipient="name", body=b"", timeout_s=1.0)))
+    assert isinstance(refused, Refused)
+    assert isinstance(refused.failure.to_exception(), BusyError)
+    stuck.clear()
+    [(route, _)] = desk.say(("a", RpcRequest(id=2, recipient="name", body=b"", timeout_s=1.0)))
+    assert route == "b"
+
+
+@pytest.mark.parametrize("told_by", ["tick", "broadcast"])
+def test_broadcasts_that_were_missed_are_told(desk: Desk, told_by: str) -> None:
+    """Those to a peer that does not read are dropped and counted; others get theirs."""
+    stuck = {"b"}
+    desk.exchange.is_stuck = lambda route: route in stuck
+    desk.hello("b", "bob", patterns=((1, None, None),))
+    desk.hello("c", "cat", patterns=((1, None, None),))
+    for number in (1, 2, 3):
+        said = desk.say(("c", BroadcastSend(id=number, body=b"%d" % number)))
+        assert [route for route, _ in said] == ["c", "c"]
+    assert desk.exchange.tick(1.0) == []
+    stuck.clear()
+    if told_by == "tick":
+        [(_, frame)] = desk.exchange.tick(2.0)
+        assert decode_from_broker(frame) == Missed(count=3)
+    said = desk.say(("c", BroadcastSend(id=4, body=b"4")))
+    heard = [message for route, message in said if route == "b"]
+    missed = [] if told_by == "tick" else [Missed(count=3)]
+    assert heard == [*missed, BroadcastDelivery(body=b"4", sender=None, subject=None)]
+    assert desk.exchange.statistics().broadcasts_missed == 3
+
+
+# --- bodies ---
+
+
+def test_a_damaged_body_is_a_dead_letter(path: Path) -> None:
+    """Its receiver gets the next one instead, who waits is told, and the body stays for who wants to look at it."""
+    desk = Desk(path)
+    desk.hello("a", "ann", secret="s")
+    waiting = TaskSend(id=1, task="t1", body=b"good", want_result=True)
+    desk.say(("a", waiting), ("a", TaskSend(id=2, task="t2", body=b"next")))
+    desk.connection.execute("UPDATE broker_task SET body = x'ff' WHERE id = 't1'")
+    again = restarted(desk, path)
+    again.hello("a", "ann", awaited=("t1",), secret="s")
+    said = again.hello("b", "bob", queues=(("default", 1),))
+    [delivery] = [message for _, message in said if isinstance(message, TaskDelivery)]
+    assert (delivery.task, delivery.body) == ("t2", b"next")
+    [result] = [message for _, message in said if isinstance(message, TaskResult)]
+    assert isinstance(result.outcome, Failure)
+    assert isinstance(result.outcome.to_exception(), DeadLetterError)
+    [(_, listed)] = again.say(("a", TaskList(id=3, place="dead", bodies=True)))
+    assert isinstance(listed, TasksListed)
+    [dead] = listed.tasks
+    assert (dead.id, dead.body) == ("t1", b"\xff")
+    assert "damaged" in (dead.reason or "")
+    again.connection.close()
+
+
+def test_tasks_are_listed_page_by_page(desk: Desk) -> None:
+    """Oldest first, so many at a time; with their bodies as many as fit into a frame."""
+    desk.hello("r", "ann")
+    big = MAX_BODY_BYTES // 2 - 1000
+    bodies = (b"1", b"2", bytes(big), bytes(big), bytes(big))
+    for number, body in enumerate(bodies, start=1):
+        desk.say(("r", TaskSend(id=number, task=f"t{number}", body=body, queue="q")))
+
+    def page(**fields: object) -> tuple[list[str], bool]:
+        [(_, listed)] = desk.say(("r", TaskList(id=9, **fields)))  # type: ignore[arg-type]
+        assert isinstance(listed, TasksListed)
+        assert all((task.body is not None) is bool(fields.get("bodies")) for task in listed.tasks)
+        return [task.id for task in listed.tasks], listed.more
+
+    assert page(queue="q", limit=3) == (["t1", "t2", "t3"], True)
+    assert page(queue="q", limit=3, after=3) == (["t4", "t5"], False)
+    assert page(queue="q", bodies=True) == (["t1", "t2", "t3", "t4"], True)
+    assert page(queue="q", bodies=True, after=4) == (["t5"], False)
+    assert page(task="t2") == (["t2"], False)
+    assert page(queue="other") == ([], False)
+
+
+def test_statistics_are_told(desk: Desk) -> None:
+    """The counts of the exchange with those of the core."""
+    desk.hello("r", "ann")
+    desk.say(("r", send(1)), ("r", Call(id=2, requests=(b"words",))), ("r", b"nonsense"))
+    [(_, told)] = desk.say(("r", StatisticsAsk(id=3)))
+    assert isinstance(told, StatisticsTold)
+    statistics = told.statistics
+    assert (statistics.broker_epoch, statistics.accepted, statistics.frames) == (1, 1, 5)
+    assert (statistics.commits, statistics.calls, statistics.protocol_errors) == (2, 1, 1)
+    assert statistics.sessions["ann"].connected
+    assert statistics.database_bytes > 0
+
+
+def test_delays_follow_the_wall_clock(path: Path) -> None:
+    """The one that the exchange was given."""
+    wall = 1000.0
+    connection = sqlite3.connect(path, isolation_level=None)
+    exchange: Exchange[str] = Exchange(connection, wall_clock=lambda: wall)
+    hello = Hello(session="s", peer=Peer(), queues=(("default", 1),))
+    exchange.process(0.0, [("r", encode(hello)), ("r", encode(TaskSend(id=1, task="t", body=b"b", not_before=1002.0)))])
+    assert exchange.tick(1.0) == []
+    wall = 1002.5
+    [(_, frame)] = exchange.tick(1.5)
+    delivery = decode_from_broker(frame)
+    assert isinstance(delivery, TaskDelivery)
+    assert delivery.body == b"b"
+    connection.close()
+
+
+# --- a full disk ---
+
+
+def test_what_can_wait_is_not_written_to_a_full_disk(path: Path) -> None:
+    """Sessions and tasks that came back are written when there is space again; what was acknowledged is gone."""
+    desk = Desk(path)
+    desk.hello("b", "bob", queues=(("default", 5),))
+    said = desk.say(("b", send(1)), ("b", send(2)))
+    one, two = (message for _, message in said if isinstance(message, TaskDelivery))
+    desk.exchange.refuse_changes = "somewhere"
+    before = desk.connection.total_changes
+    desk.hello("c", "cat")
+    desk.say(("b", TaskNack(id=3, task="t1", epoch=one.epoch)))
+    assert desk.connection.total_changes == before
+    desk.say(("b", TaskAck(id=4, task="t2", epoch=two.epoch)))
+    assert desk.tasks() == {"t1"}
+    assert desk.connection.execute("SELECT holder FROM broker_task").fetchall() == [("bob",)]
+    desk.exchange.refuse_changes = None
+    desk.exchange.tick(0.0)
+    assert desk.connection.execute("SELECT holder FROM broker_task").fetchall() == [(None,)]
+    again = restarted(desk, path)
+    assert set(again.exchange.sessions()) == {"bob", "cat"}
+    again.connection.close()
+
+
+# --- defects that the simulation and the fuzzers found ---
+
+
+def test_a_task_that_comes_and_is_replaced_in_one_batch(desk: Desk) -> None:
+    """With somebody who waits for it: he is told, and one task is left."""
+    desk.hello("r", "ann")
+    first = TaskSend(id=1, task="t1", body=b"1", key="k", want_result=True)
+    second = TaskSend(id=2, task="t2", body=b"2", key="k", replace=True)
+    said = [message for _, message in desk.say(("r", first), ("r", second))]
+    assert [type(message) for message in said] == [TaskStored, TaskResult, TaskStored]
+    assert desk.connection.execute("SELECT id, body FROM broker_task ORDER BY number").fetchall() == [
+        ("t1", b""),
+        ("t2", b"2"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["send", "heartbeat", "edit"])
+def test_the_greatest_numbers(path: Path, kind: str) -> None:
+    """An id at the very end of the numbers costs its sender its answers, and nobody anything else."""
+    desk = Desk(path)
+    desk.hello("r", "ann")
+    last = 2**63 - 1
+    message = {
+        "send": TaskSend(id=last, task="t", body=b""),
+        "heartbeat": Heartbeat(seen=last),
+        "edit": TaskEdit(id=last, action="delete", tasks=("t",)),
+    }[kind]
+    for _ in range(2):
+        desk.say(("r", message), ("r", send(1)))
+    again = restarted(desk, path)
+    again.hello("r", "ann")
+    again.connection.close()
+
+
+def test_the_broker_has_ids_of_its_own(desk: Desk) -> None:
+    """A client can't occupy the id of a task that the broker will make."""
+    desk.exchange.put(0.0, [NewTask(queue="q", key="a")])
+    [own] = desk.tasks()
+    desk.hello("r", "ann")
+    [(_, refused)] = desk.say(("r", TaskSend(id=1, task=own.replace("-1", "-2"), body=b"")))
+    assert isinstance(refused, Refused)
+    desk.exchange.put(0.0, [NewTask(queue="q", key="b")])
+    assert len(desk.tasks()) == 2
+
+
+# --- retention ---
+
+
+def test_old_dead_letters_are_forgotten(path: Path) -> None:
+    """By the time of their death, which a restart does not change; so many at once; who still waits is told."""
+    wall = 1000.0
+    connection = sqlite3.connect(path, isolation_level=None)
+    exchange: Exchange[str] = Exchange(connection, wall_clock=lambda: wall)
+
+    def say(exchange: Exchange[str], *messages: ClientMessage) -> list[BrokerMessage]:
+        return [
+            decode_from_broker(frame) for _, frame in exchange.process(0.0, [("r", encode(one)) for one in messages])
+        ]
+
+    sends = [TaskSend(id=number, task=f"t{number}", body=b"", want_result=number == 1) for number in (1, 2, 3, 4)]
+    say(exchange, Hello(session="s", peer=Peer()), *sends, TaskEdit(id=5, action="bury", tasks=("t1", "t2")))
+    wall = 2000.0
+    say(exchange, TaskEdit(id=6, action="bury", tasks=("t3",)))
+    again: Exchange[str] = Exchange(connection, wall_clock=lambda: wall)
+    say(again, Hello(session="s", peer=Peer(), awaited=("t1",)))
+    assert again.forget_dead(0.0, before=1000.0, limit=9) == 0
+    assert [again.forget_dead(0.0, before=2000.0, limit=1) for _ in range(3)] == [1, 1, 0]
+    [told, _] = say(again, Heartbeat())
+    assert isinstance(told, TaskResult)
+    assert again.statistics().queues["default"].dead == 1
+    assert again.statistics().queues["default"].ready == 1
     connection.close()

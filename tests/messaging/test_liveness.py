@@ -6,13 +6,14 @@ import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from prunus.messaging.liveness import Obituaries, this_peer
+from prunus.messaging.liveness import Obituaries, boottime, this_peer
 from prunus.messaging.messages import Peer
 
 
@@ -81,3 +82,10 @@ def test_of_strangers_nothing_is_claimed(obituaries: Obituaries) -> None:
     obituaries.watch("far", Peer("another host", 1, 1))
     obituaries.watch("unknown", Peer())
     assert obituaries.dead() == []
+
+
+def test_the_clock_of_leases_goes_on_in_sleep() -> None:
+    """Silence is measured by a clock that counts the time for which the machine was suspended, and that nobody sets."""
+    before = time.clock_gettime(time.CLOCK_BOOTTIME)
+    now = boottime()
+    assert before <= now <= time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -4,36 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable
 
 import pytest
 
 from prunus.errors import CommunicatorClosedError
-from prunus.messaging.communicator import Communicator
-from prunus.messaging.local import LocalBroker
+from prunus.messaging.local import LocalBroker, LocalCommunicator
 from prunus.testing.communicator_contract import CommunicatorContract, ContractService, Inbox, echo
 
-Connect = Callable[[], Awaitable[Communicator]]
-
-
-@pytest.fixture
-async def broker() -> AsyncIterator[LocalBroker]:
-    connection = sqlite3.connect(":memory:", isolation_level=None)
-    broker = LocalBroker(connection, service=ContractService(connection))
-    yield broker
-    broker.close()
-    connection.close()
-
-
-@pytest.fixture
-async def peers(broker: LocalBroker) -> AsyncIterator[Connect]:
-    async with AsyncExitStack() as stack:
-
-        async def connect() -> Communicator:
-            return await stack.enter_async_context(await broker.connect())
-
-        yield connect
+Connect = Callable[[], Awaitable[LocalCommunicator]]
 
 
 class TestLocalCommunicator(CommunicatorContract):

@@ -1,47 +1,54 @@
 """What the broker decides: a pure machine. Messages, ticks and losses go in; effects come out.
 
-It owns no socket, clock, file or randomness: `now` (seconds, monotone) and the broker epoch are given to it, and the
-same calls give the same effects. Whoever runs it carries out the store effects, commits, and only then sends.
+It owns no socket, clock, file or randomness: `now` (seconds, monotone), the wall-clock time and the broker epoch are
+given to it, and the same calls give the same effects. Whoever runs it writes what `take_changes` hands over, commits,
+and only then sends what it was told to send.
 
 Rules
 - A **session** is a peer, named by itself, the same across its connections. It is gone when it says so, when it was
   silent for `LEASE_S`, or when somebody proves it dead (`expired`). A lost connection proves nothing: `disconnected`
-  only stops deliveries until the next `Hello`.
-- A **task** is pending or held by one session under an epoch that rises with every delivery. Only the holder under the
-  current epoch can settle it. It is given only against free credit, to the subscriber with the most of it: highest
-  priority first, oldest first within one. A task that comes back keeps its place in that order.
-- **Keys**: at most one task of a (queue, key) is pending, at most one of a key is held. A pending one whose key is held
-  waits for the holder. A held one that comes back while its equal is pending is merged into that one.
-- **Saying it again changes nothing**: a task id is stored once; the answers to what changed something are kept, in the
-  same commit, until the client has seen them.
+  only stops deliveries until the next `Hello`. The secret of its first `Hello` is asked of every later one.
+- **Tasks** are the business of `queues`: who gets which, and when.
+- **Saying it again changes nothing**: a client's requests have rising ids, and it says all that are unanswered again
+  after each `Hello`. For each client the broker remembers below which id every `TaskSend` was done, and which of them
+  were not (refused, or lost on the way): what the answer to a done one was, follows. Other answers to what changed
+  something are kept. All of it is written in the commit of what it is about, and forgotten when the client has seen it.
 - After a restart the sessions on disk keep their tasks for one lease, so that live ones find their work untouched.
 - **Questions** are routed to the one subscriber of a name, or refused at once. They are not stored: the caller says an
   unanswered one again to a new broker, the one who was asked recognises it and gives the same answer.
+- **A peer that does not read** gets no questions (their callers are told at once) and no broadcasts; how many it missed
+  it is told when it reads again.
 """
 
 from __future__ import annotations
 
-import heapq
-import re
-from collections import OrderedDict
-from collections.abc import Callable
+import hashlib
+import hmac
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import assert_never
 
 import msgspec
 
 from prunus.errors import (
+    BlobNotFoundError,
     BusyError,
     DuplicateSubscriberError,
     Failure,
     IndeterminateError,
+    ProtocolError,
     PrunusError,
     StoreFullError,
     UnroutableError,
 )
+from prunus.messaging.inventory import QueueLimits, SessionStatistics, Statistics, TaskInfo
 from prunus.messaging.messages import (
+    LEASE_S,
     Alive,
+    BlobGet,
+    BlobPut,
     BroadcastDelivery,
     BroadcastSend,
     BroadcastSubscribe,
@@ -50,13 +57,16 @@ from prunus.messaging.messages import (
     Call,
     ClientMessage,
     Done,
+    Edited,
     Goodbye,
     Heartbeat,
     Hello,
     HelloNeeded,
-    Outcome,
+    Missed,
     Peer,
+    QueueConfigure,
     Refused,
+    ResourceConfigure,
     ResultSeen,
     RpcAnswer,
     RpcDelivery,
@@ -64,8 +74,10 @@ from prunus.messaging.messages import (
     RpcRequest,
     RpcSubscribe,
     RpcUnsubscribe,
+    StatisticsAsk,
     TaskAck,
-    TaskDelivery,
+    TaskEdit,
+    TaskList,
     TaskNack,
     TaskResult,
     TaskSend,
@@ -74,173 +86,129 @@ from prunus.messaging.messages import (
     TaskUnsubscribe,
     Violation,
     Welcome,
+    decode_from_broker,
     encode,
 )
+from prunus.messaging.patterns import is_exact, matcher
+from prunus.messaging.queues import Deliver, Keep, Needs, Send, Task, TaskQueues, dead_letter, needs_of
 
-LEASE_S = 15.0
-"""A session of which nothing was heard for so long is gone."""
 PAUSE_S = 5.0
 """If the broker itself did not look at its clock for so long, everybody gets a new lease."""
-BACK_OFF_S = 0.05
-"""A task that was rejected is offered again after this, doubled with each attempt ..."""
-MAX_BACK_OFF_S = 5.0
-"""... up to this."""
-MAX_TASKS = 1_000_000
-"""More are refused with `BusyError`."""
+TICK_S = 1.0
+"""How often clocks are looked at, at least."""
+MAX_SESSIONS = 10_000
+"""A `Hello` of one more is refused."""
+MAX_TASK_SUBSCRIPTIONS = 1_000
+"""Of one session; more are refused with `BusyError`."""
+MAX_PATTERNS = 10_000
+"""Broadcast subscriptions of one session; more are refused with `BusyError`."""
+MAX_IDENTIFIERS = 10_000
+"""Names under which one session answers; more are refused with `BusyError`."""
+MAX_FORMER_NAMES = 100_000
+"""Identifiers of which is remembered that somebody had and left them; with more, every one is taken for such."""
 MAX_QUESTIONS = 10_000
 """Unanswered questions of one session; more are refused with `BusyError`."""
 MAX_ANSWERS = 10_000
-"""Answers kept for a session that has not said that it saw them."""
+"""Answers kept for a client that has not said that it saw them, and requests of which is known that they were not done.
+"""
 MAX_RETIRED = 256
-"""Silent sessions whose answers are kept in case they come back."""
+"""Clients that were silent for too long, but are remembered in case they come back."""
+EDITED_AT_ONCE = 1_000
+"""Of an edit of more tasks so many are done in one go, and then others have their turn."""
+MAX_EDITS = 4
+"""Edits of more tasks that go on at the same time; one more is refused with `BusyError`."""
+OWN_TASKS = "broker:"
+"""How the ids of the broker's own tasks begin, and those of nobody else."""
 QUESTION_SLACK_S = 5.0
 """A question is forgotten so long after the caller stopped waiting."""
 
 
-class Task(msgspec.Struct, frozen=True, kw_only=True):
-    """A task as it was accepted."""
+class Client(msgspec.Struct):
+    """What is remembered of a client, also when its session is gone."""
 
-    id: str
-    queue: str
-    key: str | None
-    priority: int
-    body: bytes
-    order: int
-    """Rises with each accepted task: the oldest first."""
-
-
-class StoredTask(msgspec.Struct, frozen=True, kw_only=True):
-    """A task as it is on disk."""
-
-    task: Task
-    attempt: int = 0
-    holder: str | None = None
-    epoch: int = 0
-    waiters: tuple[str, ...] = ()
-    outcome: bytes | None = None
-    """The frame of its `TaskResult`, once it is settled and as long as somebody waits for it."""
+    secret: bytes | None = None
+    """The digest of its secret; None: it did not yet say one."""
+    done: int = 1
+    """Each `TaskSend` below this id was done ..."""
+    undone: dict[int, None] = {}
+    """... but not these."""
+    answers: dict[int, bytes] = {}
+    """By request, the frames of answers that do not follow from this."""
+    below: int = 0
+    """The answers to requests below this were seen, or are forgotten."""
+    asked: dict[int, str] = {}
+    """The session to which each of its questions went."""
 
 
 class StoredState(msgspec.Struct, frozen=True, kw_only=True):
     """All that survives the broker."""
 
-    tasks: tuple[StoredTask, ...] = ()
+    tasks: Iterable[Task] = ()
     sessions: tuple[tuple[str, Peer], ...] = ()
+    clients: tuple[tuple[str, Client], ...] = ()
     answers: tuple[tuple[str, int, bytes], ...] = ()
     """(session, request id, frame)"""
+    limits: Mapping[str, QueueLimits] = {}
+    resources: Mapping[str, int | None] = {}
+
+
+class Changes(msgspec.Struct, kw_only=True):
+    """What has to be stored. None: it is to be forgotten."""
+
+    tasks: list[Task] = []
+    """Those without a place are gone."""
+    sessions: dict[str, Peer | None] = {}
+    clients: dict[str, Client | None] = {}
+    dropped: dict[str, int] = {}
+    """By session: forget the answers to its requests below this ..."""
+    answers: dict[tuple[str, int], bytes] = {}
+    """... and then keep these, by session and request."""
+    limits: dict[str, QueueLimits] = {}
+    resources: dict[str, int | None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.tasks or self.sessions or self.clients or self.dropped or self.answers or self.limits or self.resources
+        )
 
 
 # --- effects ----------------------------------------------------------------------------------------
 
 
-class _Effect(msgspec.Struct, frozen=True):
-    pass
+class Came(msgspec.Struct, frozen=True):
+    """A session is known from now on."""
 
-
-class StoreTask(_Effect, frozen=True):
-    """Insert a pending task."""
-
-    task: Task
-    waiters: tuple[str, ...]
-
-
-class HoldTask(_Effect, frozen=True):
-    """The task is held by `session` under `epoch`."""
-
-    task: str
-    session: str
-    epoch: int
-    attempt: int
-
-
-class ReleaseTask(_Effect, frozen=True):
-    """The task is pending again."""
-
-    task: str
-
-
-class SetWaiters(_Effect, frozen=True):
-    """Who waits for the result of the task."""
-
-    task: str
-    waiters: tuple[str, ...]
-
-
-class SettleTask(_Effect, frozen=True):
-    """The task is done; its result is kept for those who wait for it."""
-
-    task: str
-    outcome: bytes
-
-
-class DeleteTask(_Effect, frozen=True):
-    task: str
-
-
-class SaveSession(_Effect, frozen=True):
     session: str
     peer: Peer
 
 
-class ForgetSession(_Effect, frozen=True):
+class Left(msgspec.Struct, frozen=True):
+    """A session is gone."""
+
     session: str
+    lost: Peer | None = None
+    """Where it lived, if it was lost: it died, or was silent for too long. None: it said goodbye, or this broker has
+    never heard it (then they may have gone down together)."""
 
 
-class SaveAnswer(_Effect, frozen=True):
-    """Keep the answer to a request that changed something."""
+class Show(msgspec.Struct, frozen=True):
+    """Answer a question for tasks."""
 
     session: str
     request: int
-    frame: bytes
+    tasks: list[Task]
+    more: bool
+    bodies: bool
 
 
-class DropAnswers(_Effect, frozen=True):
-    """Forget the answers of `session` to its requests below `below`."""
-
-    session: str
-    below: int
-
-
-class Send(_Effect, frozen=True):
-    """Send after the commit. To a session without a connection it is dropped: all is said again after its `Hello`."""
+class Describe(msgspec.Struct, frozen=True):
+    """Answer a question for statistics."""
 
     session: str
-    message: BrokerMessage | bytes
+    request: int
 
 
-StoreEffect = (
-    StoreTask
-    | HoldTask
-    | ReleaseTask
-    | SetWaiters
-    | SettleTask
-    | DeleteTask
-    | SaveSession
-    | ForgetSession
-    | SaveAnswer
-    | DropAnswers
-)
-Effect = StoreEffect | Send
-
-
-class Statistics(msgspec.Struct, frozen=True, kw_only=True):
-    """What the broker has in hand; for people and for tests."""
-
-    broker_epoch: int
-    sessions: int
-    connected: int
-    pending: dict[str, int]
-    """Tasks by queue."""
-    held: dict[str, int]
-    """Tasks by session."""
-    questions: int
-    identifiers: int
-    broadcast_subscriptions: int
-    answers_kept: int
-    accepted: int
-    settled: int
-    delivered: int
-    """Since the broker started."""
+Effect = Send | Keep | Deliver | Came | Left | Show | Describe
 
 
 # --- the core ---------------------------------------------------------------------------------------
@@ -250,41 +218,56 @@ class BrokerCore:
     """See the module. Every method that takes `now` returns the effects in the order in which they must happen."""
 
     def __init__(
-        self, broker_epoch: int, now: float = 0.0, state: StoredState | None = None, *, lease_s: float = LEASE_S
+        self,
+        broker_epoch: int,
+        now: float = 0.0,
+        state: StoredState | None = None,
+        *,
+        wall: float = 0.0,
+        lease_s: float = LEASE_S,
     ) -> None:
         self.broker_epoch = broker_epoch
+        self.wall = wall
+        """Wall-clock time in seconds since 1970, to be set before every call."""
         self.refuse_new: str | None = None
         """The path of the full disk: new tasks are refused with `StoreFullError`, everything else goes on."""
-        self.hold_back = False
-        """No task is delivered: whoever got one now could do nothing with it."""
+        self.is_stuck: Callable[[str], bool] = lambda session: False
+        """Whether a session does not read what is sent to it."""
+        self.blob_size: Callable[[str], int | None] = lambda digest: None
+        """The size of a blob; None: it is not there."""
         self._lease_s = lease_s
         self._out: list[Effect] = []
-        self._now = now
-        self._deliveries = 0
-        self._orders = 0
-        self._accepted = self._settled = 0
+        self._now = self._started = self._ticked = now
         self._sessions: dict[str, _Session] = {}
         self._awaited: dict[str, None] = {}
         self._unrouted: dict[tuple[str, int], None] = {}
-        self._answers: OrderedDict[str, _Answers] = OrderedDict()
-        self._tasks: dict[str, _Task] = {}
-        self._queues: dict[str, _Queue] = {}
-        self._dirty: dict[str, None] = {}
-        self._pending_keys: dict[tuple[str, str], str] = {}
-        self._held_keys: dict[str, str] = {}
-        self._blocked: dict[str, list[str]] = {}
-        self._delayed: list[tuple[float, int, str]] = []
+        self._clients: dict[str, Client] = {}
+        self._retired: dict[str, None] = {}
+        """Clients whose session ended by itself, in the order in which that happened ..."""
+        self._departed: dict[str, None] = {}
+        """... and those that said goodbye."""
         self._identifiers: dict[str, tuple[str, int]] = {}
+        self._former_names: set[str] | None = set()
+        """Identifiers that somebody had and left since the start; None: too many to be told apart."""
         self._questions: dict[tuple[str, int], _Question] = {}
         self._exact: dict[str, dict[tuple[str, int], _Pattern]] = {}
         self._patterns: dict[tuple[str, int], _Pattern] = {}
+        self._missed: dict[str, int] = {}
+        """Broadcasts that were dropped and of which their receiver does not know yet."""
+        self._missed_count = 0
+        self._edits: deque[_EditInHand] = deque()
+        """Those of many tasks that go on, in turn."""
+        self._changes = Changes()
+        self._queues = TaskQueues(broker_epoch, now, self._out.append)
+        self._queues.wall = wall
         if state is not None:
-            self._restore(state, now)
+            self._restore(state)
 
     # --- what comes in ---
 
     def handle(self, now: float, session: str, message: ClientMessage) -> list[Effect]:
-        """A message of `session`. All but `Hello` need a session that is known; `Call` is not for the core."""
+        """A message of `session`. All but `Hello` need a session that is known; calls and blobs are not for
+        the core."""
         self._advance(now)
         known = self._sessions.get(session)
         if isinstance(message, Hello):
@@ -296,56 +279,114 @@ class BrokerCore:
             self._handle(session, known, message)
         return self._finish()
 
+    def refusal(self, hello: Hello) -> str | None:
+        """Why this `Hello` is refused; None if it is not. A session belongs to whoever said its first one."""
+        client = self._clients.get(hello.session)
+        if client is not None and client.secret is not None:
+            if not hmac.compare_digest(client.secret, _digest(hello.secret)):
+                return f"the session {hello.session!r} belongs to somebody else; choose another name"
+        elif hello.session not in self._sessions and len(self._sessions) >= MAX_SESSIONS:
+            return f"{MAX_SESSIONS:,} sessions are known already; try again when some are gone"
+        for what, number, limit in (
+            ("task subscriptions", len(hello.queues) + len(hello.filtered), MAX_TASK_SUBSCRIPTIONS),
+            ("broadcast subscriptions", len(hello.patterns), MAX_PATTERNS),
+            ("identifiers", len(hello.identifiers), MAX_IDENTIFIERS),
+        ):
+            if number > limit:
+                return f"{number:,} {what} are over the limit of {limit:,}"
+        return None
+
     def tick(self, now: float) -> list[Effect]:
-        """Let time pass: leases end, rejected tasks are offered again, old questions are forgotten."""
+        """Let time pass: leases end, tasks are due or expire, old questions are forgotten."""
         self._advance(now)
+        self._ticked = now
         for session in [name for name, known in self._sessions.items() if now - known.last_heard > self._lease_s]:
-            self._leave(session, keep_answers=True)
-        while self._delayed and self._delayed[0][0] <= now:
-            _, _, task_id = heapq.heappop(self._delayed)
-            task = self._tasks.get(task_id)
-            if task is not None and task.place == "delayed":
-                self._make_ready(task)
+            self._leave(session)
+        self._queues.tick()
         for key in [key for key, question in self._questions.items() if question.forget_at <= now]:
             self._forget_question(key)
+        for session in list(self._missed):
+            self._say_missed(session)
+        return self._finish()
+
+    @property
+    def has_more(self) -> bool:
+        """Whether `go_on` has something to do."""
+        return bool(self._edits) and not self.hold_back
+
+    def go_on(self) -> list[Effect]:
+        """Do some more of an edit that is not done yet."""
+        if self.has_more:
+            edit = self._edits.popleft()
+            if not self._continue_edit(edit):
+                self._edits.append(edit)
         return self._finish()
 
     def due(self) -> float:
-        """When `tick` has something to do next, at the latest in a second."""
-        return min(self._now + 1.0, self._delayed[0][0] if self._delayed else self._now + 1.0)
+        """When `tick` or `go_on` has something to do next, at the latest a second after the last tick, however much is
+        said meanwhile (and the wall clock may jump)."""
+        return self._now if self.has_more else min(self._ticked + TICK_S, self._queues.due())
 
-    def disconnected(self, session: str) -> list[Effect]:
+    def disconnected(self, session: str) -> None:
         """Its connection is gone: nothing is delivered to it until it says `Hello` again."""
         known = self._sessions.get(session)
         if known is not None:
             known.connected = False
-        return self._finish()
+            self._queues.disconnect(session)
 
     def expired(self, session: str) -> list[Effect]:
         """It is certainly dead: its tasks go to others at once."""
         if session in self._sessions:
-            self._leave(session, keep_answers=True)  # were it alive after all, nothing must be done twice
+            self._leave(session)  # were it alive after all, nothing must be done twice: its client is remembered
         return self._finish()
+
+    def forget_dead(self, before: float, limit: int) -> tuple[int, list[Effect]]:
+        """Forget dead letters that died before this wall-clock time, up to `limit`; how many."""
+        return self._queues.forget_dead(before, limit), self._finish()
+
+    def damaged(self, task: Task, reason: str) -> list[Effect]:
+        """The body of a task that was to be delivered can't be read: it is a dead letter."""
+        self._queues.damaged(task, reason)
+        return self._finish()
+
+    @property
+    def hold_back(self) -> bool:
+        """No task is delivered: whoever got one now could do nothing with it."""
+        return self._queues.hold_back
+
+    @hold_back.setter
+    def hold_back(self, yes: bool) -> None:
+        self._queues.hold_back = yes
+
+    def take_changes(self, *, lasting: bool = False) -> Changes:
+        """What has to be written before anything is sent. `lasting`: only what a broker that starts again can't learn
+        from its clients; the rest stays for later."""
+        changes, self._changes = self._changes, Changes()
+        changes.tasks = self._queues.take_changes(lasting=lasting)
+        if lasting:
+            self._changes.sessions, changes.sessions = changes.sessions, {}
+            self._changes.clients, changes.clients = changes.clients, {}
+            self._changes.dropped, changes.dropped = changes.dropped, {}
+        return changes
 
     # --- for whoever runs calls ---
 
-    def heard(self, now: float, session: str) -> bool:
+    def heard(self, now: float, session: str, request: int) -> bool:
         """`session` made a call; whether it is known here."""
         self._advance(now)
         known = self._sessions.get(session)
         if known is None or not known.connected:
             return False
         known.last_heard = self._now
+        self._count(session, self._clients[session], request)
         return True
 
     def known_answer(self, session: str, request: int) -> Send | None:
         """What was said to this request before, if it changed something; `Refused` if that is forgotten."""
-        kept = self._answers.get(session)
-        if kept is None:
-            return None
-        if (frame := kept.frames.get(request)) is not None:
+        client = self._clients[session]
+        if (frame := client.answers.get(request)) is not None:
             return Send(session, frame)
-        if request < kept.below:
+        if request < client.below:
             return Send(session, _refused(request, IndeterminateError(f"request {request}")))
         return None
 
@@ -354,17 +395,46 @@ class BrokerCore:
         self._answer(session, request, frame)
         return self._finish()
 
+    def holds(self, session: str, task_id: str, epoch: int) -> bool:
+        """Whether `session` holds this task under this epoch."""
+        return self._queues.held(session, task_id, epoch) is not None
+
     def settle(self, session: str, task_id: str, epoch: int) -> list[Effect]:
-        """`session` acknowledges a task as part of a call; a late one is ignored."""
-        task = self._held(session, task_id, epoch)
+        """`session` acknowledges a task as part of a call; a late one is ignored. What this frees is given away by
+        `dispatch`, or by whatever happens next."""
+        task = self._queues.held(session, task_id, epoch)
         if task is not None:
-            self._ack(task, None)
+            self._queues.settle(task, None)
+        return self._gathered()
+
+    def put(
+        self,
+        task_id: str,
+        queue: str,
+        key: str | None,
+        body: bytes,
+        priority: int,
+        depth: int = 0,
+        needs: Needs = (),
+    ) -> list[Effect]:
+        """A new task of the broker's own making, in the same commit as what caused it; not if its key is pending. It is
+        taken whatever the limits are, and waits if nobody has what it needs. `dispatch` gives it away, once all are
+        there of which one may be more urgent."""
+        if self._queues.pending(queue, key) is None:
+            self._queues.put(task_id, queue, body, key=key, priority=priority, depth=depth, needs=needs)
+        return self._gathered()
+
+    def dispatch(self) -> list[Effect]:
+        """Give out tasks as long as somebody has room."""
         return self._finish()
 
-    def put(self, task_id: str, queue: str, key: str | None, body: bytes, priority: int) -> list[Effect]:
-        """A new task of the broker's own making, in the same commit as what caused it."""
-        self._put(task_id, queue, key, body, priority, ())
-        return self._finish()
+    def check_room(self, queue: str, needs: Needs) -> None:
+        """Raises what a sender of such a task would be refused with: `BusyError`, `UnknownResourceError`."""
+        self._queues.check_room(queue, None, needs, new=True)
+
+    def check_needs(self, needs: Needs) -> None:
+        """Raises `UnknownResourceError` if a task with these needs would wait until somebody configures a resource."""
+        self._queues.check_needs(needs)
 
     def broadcast(self, body: bytes, sender: str | None, subject: str | None) -> list[Effect]:
         """A broadcast of the broker's own making; it leaves after the commit of what it is about."""
@@ -379,73 +449,104 @@ class BrokerCore:
 
     def has_task(self, key: str) -> bool:
         """Whether a task with this key is pending or held."""
-        return key in self._held_keys or any((queue, key) in self._pending_keys for queue in self._queues)
+        return self._queues.has_key(key)
 
-    def statistics(self) -> Statistics:
-        pending: dict[str, int] = {}
-        held: dict[str, int] = {}
-        for task in self._tasks.values():
-            if task.holder is not None:
-                held[task.holder] = held.get(task.holder, 0) + 1
-            elif task.outcome is None:
-                pending[task.task.queue] = pending.get(task.task.queue, 0) + 1
+    def own_tasks(self, limit: int) -> list[str]:
+        """The keys of up to `limit` pending tasks of the broker's own making."""
+        return list(islice((key for key, task in self._queues.pending_keys() if task.id.startswith(OWN_TASKS)), limit))
+
+    def info(self, task: Task) -> TaskInfo:
+        """A task, as it is seen from outside."""
+        return self._queues.info(task)
+
+    def statistics(self, who: Callable[[str], tuple[str, str | None]] = lambda session: ("worker", None)) -> Statistics:
+        """What the broker has in hand. `who` says the role of a session and the key with which it came."""
+        sessions = {}
+        for name, known in self._sessions.items():
+            role, key = who(name)
+            subscriptions = len(self._queues.subscriptions(name)) + len(known.patterns) + len(known.identifiers)
+            sessions[name] = SessionStatistics(
+                connected=known.connected,
+                host=known.peer.host,
+                pid=known.peer.pid,
+                role=role,
+                key=key,
+                silent_s=self._now - known.last_heard,
+                round_trip_s=known.round_trip_s or None,
+                held=len(self._queues.held_by(name)),
+                credit=self._queues.credit_of(name),
+                subscriptions=subscriptions,
+                questions=known.questions,
+            )
         return Statistics(
             broker_epoch=self.broker_epoch,
-            sessions=len(self._sessions),
-            connected=sum(known.connected for known in self._sessions.values()),
-            pending=pending,
-            held=held,
+            uptime_s=self._now - self._started,
+            queues=self._queues.queue_statistics(),
+            resources=self._queues.resource_statistics(),
+            sessions=sessions,
             questions=len(self._questions),
             identifiers=len(self._identifiers),
             broadcast_subscriptions=sum(len(known.patterns) for known in self._sessions.values()),
-            answers_kept=sum(len(kept.frames) for kept in self._answers.values()),
-            accepted=self._accepted,
-            settled=self._settled,
-            delivered=self._deliveries,
+            answers_kept=sum(len(client.answers) for client in self._clients.values()),
+            accepted=self._queues.accepted,
+            settled=self._queues.settled,
+            delivered=self._queues.delivered,
+            broadcasts_missed=self._missed_count,
         )
 
     # --- one message ---
 
     def _handle(self, session: str, known: _Session, message: ClientMessage) -> None:
+        if isinstance(message, TaskSend):
+            self._task_send(session, message)
+            return
+        if (request := getattr(message, "id", None)) is not None and not isinstance(message, RpcAnswer):
+            self._count(session, self._clients[session], request)
         match message:
+            case TaskAck():
+                task = self._queues.held(session, message.task, message.epoch)
+                if task is not None:
+                    self._queues.settle(task, message.outcome)
+                self._send(session, Done(id=message.id, stale=task is None))
+            case TaskNack():
+                task = self._queues.held(session, message.task, message.epoch)
+                if task is not None:
+                    self._queues.reject(task, message.reason, attempted=message.attempted)
+                self._send(session, Done(id=message.id, stale=task is None))
             case Heartbeat():
-                self._drop_answers(session, message.seen)
+                known.round_trip_s = message.round_trip_s
+                self._seen(session, self._clients[session], message.seen)
                 self._send(session, Alive())
             case Goodbye():
                 self._send(session, Done(id=message.id))
-                self._leave(session, keep_answers=False)
-            case TaskSend():
-                self._task_send(session, message)
+                self._leave(session, for_good=True)
             case TaskSubscribe():
-                self._subscribe(session, known, message.queue, message.credit)
+                subscriptions = self._queues.subscriptions(session)
+                if (message.queue, message.subject) not in subscriptions and self._over(
+                    session, message.id, "task subscriptions", len(subscriptions), MAX_TASK_SUBSCRIPTIONS
+                ):
+                    return
+                self._queues.subscribe(session, message.queue, message.subject, message.credit, shared=message.shared)
                 self._send(session, Done(id=message.id))
             case TaskUnsubscribe():
-                known.queues.pop(message.queue, None)
-                self._queue(message.queue).subscribers.pop(session, None)
+                self._queues.unsubscribe(session, message.queue, message.subject)
                 self._send(session, Done(id=message.id))
-            case TaskAck():
-                task = self._held(session, message.task, message.epoch)
-                if task is not None:
-                    self._ack(task, message.outcome)
-                self._send(session, Done(id=message.id, stale=task is None))
-            case TaskNack():
-                task = self._held(session, message.task, message.epoch)
-                if task is not None:
-                    back_off_s = min(BACK_OFF_S * 2 ** min(task.attempt - 1, 20), MAX_BACK_OFF_S)
-                    self._give_back(task, self._now + back_off_s)
-                self._send(session, Done(id=message.id, stale=task is None))
             case ResultSeen():
-                if (task := self._tasks.get(message.task)) is not None:
-                    self._forget_waiter(task, session)
+                if (task := self._queues.get(message.task)) is not None:
+                    self._queues.forget_waiter(task, session)
             case RpcSubscribe():
+                if message.identifier not in known.identifiers and self._over(
+                    session, message.id, "identifiers", len(known.identifiers), MAX_IDENTIFIERS
+                ):
+                    return
                 if self._take_identifier(session, known, message.identifier, 0):
-                    self._send(session, Done(id=message.id))
+                    self._send(session, Done(id=message.id, since=self._identifiers[message.identifier][1]))
                 else:
                     self._send(session, _refused(message.id, DuplicateSubscriberError(message.identifier)))
             case RpcUnsubscribe():
                 known.identifiers.pop(message.identifier, None)
                 if self._identifiers.get(message.identifier, ("", 0))[0] == session:
-                    del self._identifiers[message.identifier]
+                    self._free_identifier(message.identifier)
                 self._send(session, Done(id=message.id))
             case RpcRequest():
                 self._ask(session, known, message)
@@ -455,6 +556,10 @@ class BrokerCore:
                     self._forget_question((message.caller, message.id))
                     self._send(message.caller, RpcDone(id=message.id, outcome=message.outcome))
             case BroadcastSubscribe():
+                if message.subscription not in known.patterns and self._over(
+                    session, message.id, "broadcast subscriptions", len(known.patterns), MAX_PATTERNS
+                ):
+                    return
                 self._add_pattern(session, known, message.subscription, message.sender, message.subject)
                 self._send(session, Done(id=message.id))
             case BroadcastUnsubscribe():
@@ -463,7 +568,20 @@ class BrokerCore:
             case BroadcastSend():
                 self._broadcast(message.body, message.sender, message.subject)
                 self._send(session, Done(id=message.id))
-            case Call() | Hello():
+            case TaskList():
+                found = self._queues.select(message.queue, message.place, message.task, message.key, message.after)
+                tasks = list(islice(found, message.limit))
+                more = next(found, None) is not None
+                self._out.append(Show(session, message.id, tasks, more, message.bodies))
+            case TaskEdit():
+                self._edit(session, message)
+            case QueueConfigure():
+                self._configure(session, message)
+            case ResourceConfigure():
+                self._configure(session, message)
+            case StatisticsAsk():
+                self._out.append(Describe(session, message.id))
+            case Call() | BlobPut() | BlobGet() | Hello():
                 self._send(session, Violation(reason=f"{type(message).__name__} is out of place here"))
             case _:
                 assert_never(message)
@@ -471,305 +589,319 @@ class BrokerCore:
     # --- sessions ---
 
     def _hello(self, session: str, hello: Hello) -> None:
+        if (reason := self.refusal(hello)) is not None:
+            self._send(session, Violation(reason=reason))
+            return
         known = self._sessions.get(session)
+        # Who was not here in the life before this one, or was given up, can't know who had its identifiers meanwhile.
+        was_away = known is None or hello.epoch + 1 < self.broker_epoch
+        floor = self.broker_epoch + 1 if was_away and any(since for _, since in hello.identifiers) else 0
         if known is None:
             self._sessions[session] = known = _Session(hello.peer, self._now)
-            self._out.append(SaveSession(session, hello.peer))
+            self._queues.join(session)
+            self._changes.sessions[session] = hello.peer
+            self._out.append(Came(session, hello.peer))
+        client = self._clients.get(session)
+        if client is None:
+            client = self._clients[session] = Client()
+        if client.secret is None:
+            client.secret = _digest(hello.secret)
+            self._changes.clients[session] = client
+        self._retired.pop(session, None)
+        self._departed.pop(session, None)
         known.connected, known.last_heard = True, self._now
         self._awaited.pop(session, None)
-        self._drop_answers(session, hello.seen)
+        self._seen(session, client, hello.seen)
 
         stated = dict(hello.held)
-        held = {task_id: self._tasks[task_id] for task_id in known.held}
-        lost = [task_id for task_id, epoch in hello.held if task_id not in held or held[task_id].epoch != epoch]
+        held = dict(self._queues.held_by(session))
+        lost = [task_id for task_id, epoch in hello.held if task_id not in held or _epoch(held[task_id]) != epoch]
         taken = []
         for identifier in [name for name in known.identifiers if name not in dict(hello.identifiers)]:
-            del known.identifiers[identifier], self._identifiers[identifier]
+            del known.identifiers[identifier]
+            self._free_identifier(identifier)
         for identifier, since in hello.identifiers:
-            if not self._take_identifier(session, known, identifier, since):
+            if not self._take_identifier(session, known, identifier, max(since, floor) if since else 0):
                 taken.append(identifier)
-        self._send(session, Welcome(broker_epoch=self.broker_epoch, lost=tuple(lost), taken=tuple(taken)))
+        welcome = Welcome(
+            broker_epoch=self.broker_epoch,
+            lost=tuple(lost),
+            taken=tuple(taken),
+            since=floor,
+            lease_s=self._lease_s,
+        )
+        self._send(session, welcome)
 
         for task_id, task in held.items():
-            if stated.get(task_id) != task.epoch:
-                self._give_back(task)
-        for queue in [name for name in known.queues if name not in dict(hello.queues)]:
-            del known.queues[queue]
-            self._queue(queue).subscribers.pop(session, None)
-        for queue, credit in hello.queues:
-            self._subscribe(session, known, queue, credit)
+            if stated.get(task_id) != _epoch(task):
+                self._queues.come_back(task)
+        subscriptions: dict[tuple[str, str | None], int] = {(queue, None): credit for queue, credit in hello.queues}
+        subscriptions.update({(queue, pattern): credit for queue, pattern, credit in hello.filtered})
+        for queue, pattern in self._queues.subscriptions(session):
+            if (queue, pattern) not in subscriptions:
+                self._queues.unsubscribe(session, queue, pattern)
+        shared = frozenset(hello.shared)
+        for (queue, pattern), credit in subscriptions.items():
+            self._queues.subscribe(session, queue, pattern, credit, shared=(queue, pattern) in shared)
+        self._queues.connect(session)
         for subscription in list(known.patterns):
             self._remove_pattern(session, known, subscription)
         for subscription, sender, subject in hello.patterns:
             self._add_pattern(session, known, subscription, sender, subject)
-        self._say_results(session, known, hello)
+        self._say_results(session, hello)
         for key in list(known.asked):
             question = self._questions[key]
             self._send(session, _delivery(key, question))
 
-    def _say_results(self, session: str, known: _Session, hello: Hello) -> None:
-        for task_id in list(known.waits):
-            task = self._tasks[task_id]
-            if task.outcome is not None:
-                if task_id in hello.awaited or task_id in hello.expected:
-                    self._send(session, task.outcome)
-                else:
-                    self._forget_waiter(task, session)
+    def _say_results(self, session: str, hello: Hello) -> None:
+        waits = self._queues.awaited_by(session)
+        for task in list(waits.values()):
+            if task.place not in ("dead", "settled"):
+                continue
+            if task.id in hello.awaited or task.id in hello.expected:
+                self._send(session, task.outcome or dead_letter(task))
+            else:
+                self._queues.forget_waiter(task, session)
         for task_id in hello.awaited:
-            if task_id not in known.waits:
+            if task_id not in waits:
                 outcome = Failure.of(IndeterminateError(f"task {task_id}"))
                 self._send(session, TaskResult(task=task_id, outcome=outcome))
 
-    def _leave(self, session: str, *, keep_answers: bool) -> None:
+    def _leave(self, session: str, *, for_good: bool = False) -> None:
         known = self._sessions.pop(session)
+        was_heard = session not in self._awaited
         self._awaited.pop(session, None)
-        for queue in known.queues:
-            self._queue(queue).subscribers.pop(session, None)
+        self._missed.pop(session, None)
         for identifier in known.identifiers:
-            del self._identifiers[identifier]
+            self._free_identifier(identifier)
         for subscription in list(known.patterns):
             self._remove_pattern(session, known, subscription)
-        for task_id in list(known.waits):
-            self._forget_waiter(self._tasks[task_id], session, known)
-        for task_id in list(known.held):  # after that: one that is merged with its equal has no waiters here any more
-            self._give_back(self._tasks[task_id], owner=known)
+        self._queues.leave(session)
+        self._edits = deque(edit for edit in self._edits if edit.session != session)
         for key in list(known.asked):
             question = self._questions[key]
             self._forget_question(key, known)
             self._send(key[0], _refused(key[1], IndeterminateError(question.identifier)))
         for key in [key for key in self._questions if key[0] == session]:
             self._forget_question(key)
-        self._out.append(ForgetSession(session))
-        if not keep_answers:
-            self._drop_answers(session)
-        while len(self._answers) > MAX_RETIRED + len(self._sessions):
-            self._drop_answers(next(name for name in self._answers if name not in self._sessions))
+        self._changes.sessions[session] = None
+        self._out.append(Left(session, known.peer if was_heard and not for_good else None))
+        # Who said goodbye may not have heard the answers to what it said before.
+        without = self._departed if for_good else self._retired
+        without[session] = None
+        while len(without) > MAX_RETIRED:
+            self._forget_client(next(iter(without)))
 
-    # --- answers that are kept ---
+    # --- what was done before ---
+
+    def _count(self, session: str, client: Client, request: int) -> None:
+        """A request came; those between it and the last one did not."""
+        if request > client.done:
+            self._seen(session, client, request - MAX_ANSWERS)
+            client.undone.update(dict.fromkeys(range(client.done, request)))
+        if request >= client.done:
+            client.done = min(request + 1, _LAST)
 
     def _answer(self, session: str, request: int, frame: bytes) -> None:
-        kept = self._answers.setdefault(session, _Answers())
-        kept.frames[request] = frame
-        self._out.append(SaveAnswer(session, request, frame))
-        self._out.append(Send(session, frame))
-        if len(kept.frames) > MAX_ANSWERS:
-            self._drop_answers(session, next(iter(kept.frames)) + 1)
+        client = self._clients[session]
+        client.answers[request] = frame
+        self._changes.answers[session, request] = frame
+        self._send(session, frame)
+        if len(client.answers) > MAX_ANSWERS:
+            self._seen(session, client, next(iter(client.answers)) + 1)
 
-    def _drop_answers(self, session: str, below: int | None = None) -> None:
-        """Those below `below`, or all."""
-        kept = self._answers.get(session)
-        if kept is None:
+    def _seen(self, session: str, client: Client, below: int) -> None:
+        """Nobody asks for the answers below this any more."""
+        below = min(below, _LAST)
+        if below <= client.below:
             return
-        if below is None:
-            del self._answers[session]
-            self._out.append(DropAnswers(session, 2**63 - 1))
-            return
-        gone = list(takewhile(lambda request: request < below, kept.frames))  # ids rise, so the oldest stand first
+        client.below = below
+        client.done = max(client.done, below)
+        for known in (client.undone, client.asked):
+            for request in list(takewhile(lambda request: request < below, known)):
+                del known[request]
+        gone = list(takewhile(lambda request: request < below, client.answers))  # ids rise, so the oldest stand first
         for request in gone:
-            del kept.frames[request]
-        kept.below = max(kept.below, below)
+            del client.answers[request]
+            self._changes.answers.pop((session, request), None)
         if gone:
-            self._out.append(DropAnswers(session, below))
+            self._changes.dropped[session] = below
+
+    def _forget_client(self, session: str) -> None:
+        self._retired.pop(session, None)
+        self._departed.pop(session, None)
+        client = self._clients.pop(session)
+        for request in client.answers:
+            self._changes.answers.pop((session, request), None)
+        if client.answers:
+            self._changes.dropped[session] = _LAST
+        self._changes.clients[session] = None
 
     # --- tasks ---
 
     def _task_send(self, session: str, message: TaskSend) -> None:
+        client, request = self._clients[session], message.id
+        if (said := self.known_answer(session, request)) is not None:
+            self._out.append(said)
+            if request in client.answers and message.want_result:
+                answer = decode_from_broker(client.answers[request])
+                self._wait_again(session, answer.task if isinstance(answer, TaskStored) else message.task)
+            return
+        if request < client.done and request not in client.undone:
+            self._send(session, TaskStored(id=request, task=message.task, stored=True))
+            if message.want_result:
+                self._wait_again(session, message.task)
+            return
+        self._count(session, client, request)
+        try:
+            task, stored = self._accept(session, message)
+        except PrunusError as error:
+            client.undone[request] = None
+            if (excess := len(client.undone) - MAX_ANSWERS) > 0:
+                self._seen(session, client, list(client.undone)[excess])
+            self._send(session, _refused(request, error))
+            return
+        client.undone.pop(request, None)
+        confirmation = TaskStored(id=request, task=task.id, stored=stored)
+        if stored:
+            self._changes.clients[session] = client
+            self._send(session, confirmation)
+        else:
+            self._answer(session, request, encode(confirmation))
+
+    def _wait_again(self, session: str, task_id: str) -> None:
+        """A sender that was taken for dead, and was not, still wants the result; nobody kept it for him."""
+        if task_id in self._queues.awaited_by(session):
+            return
+        task = self._queues.get(task_id)
+        if task is not None and task.place not in ("dead", "settled"):
+            self._queues.wait_for(task, session)
+        else:
+            outcome = Failure.of(IndeterminateError(f"task {task_id}"))
+            self._send(session, TaskResult(task=task_id, outcome=outcome))
+
+    def _accept(self, session: str, message: TaskSend) -> tuple[Task, bool]:
+        """The task as which it is stored, and whether that is its own."""
+        waiter = session if message.want_result else None
+        same = self._queues.get(message.task)
+        if same is not None:
+            return same, True
+        if message.task.startswith(OWN_TASKS):
+            raise ProtocolError(f"the id {message.task!r} is one of the broker's own; choose another")
+        if self.refuse_new is not None:
+            raise StoreFullError(self.refuse_new)
+        pending = self._queues.pending(message.queue, message.key)
+        if pending is not None and not message.replace:
+            if waiter is not None:
+                self._queues.wait_for(pending, waiter)
+            return pending, False
+        size = len(message.body) if message.blob is None else self.blob_size(message.blob)
+        if size is None:
+            raise BlobNotFoundError(message.blob or "")
+        needs: Needs = needs_of(message.resources) if message.resources else ()
+        self._queues.check_room(message.queue, message.subject, needs, new=pending is None)
+        task = self._queues.put(
+            message.task,
+            message.queue,
+            message.body,
+            key=message.key,
+            priority=message.priority,
+            subject=message.subject,
+            needs=needs,
+            not_before=message.not_before,
+            expires_at=message.expires_at,
+            max_attempts=message.max_attempts,
+            waiter=waiter,
+            replaced=pending,
+            blob=message.blob,
+            size=size,
+        )
+        return task, True
+
+    def _edit(self, session: str, message: TaskEdit) -> None:
         if (said := self.known_answer(session, message.id)) is not None:
             self._out.append(said)
             return
-        if message.task not in self._tasks:
-            if self.refuse_new is not None:
-                self._send(session, _refused(message.id, StoreFullError(self.refuse_new)))
-                return
-            if len(self._tasks) >= MAX_TASKS:
-                self._send(session, _refused(message.id, BusyError(f"the broker has {MAX_TASKS:,} tasks already")))
-                return
-        waiters = (session,) if message.want_result else ()
-        task_id = self._put(message.task, message.queue, message.key, message.body, message.priority, waiters)
-        stored = TaskStored(id=message.id, task=task_id, stored=task_id == message.task)
-        if stored.stored:
-            self._answer(session, message.id, encode(stored))
+        if any(one.session == session and one.message.id == message.id for one in self._edits):
+            return  # it was said before, and goes on
+        if message.tasks:
+            named = [self._queues.get(task) for task in dict.fromkeys(message.tasks)]
+            tasks = [task for task in named if task is not None]
+        elif message.queue is None and message.place is None:
+            tasks = []
         else:
-            self._send(session, stored)
-
-    def _put(
-        self, task_id: str, queue: str, key: str | None, body: bytes, priority: int, waiters: tuple[str, ...]
-    ) -> str:
-        """Store a task, unless it or a pending one with the same key is there; the id of the one that is."""
-        if task_id in self._tasks:
-            return task_id
-        if key is not None and (same := self._pending_keys.get((queue, key))) is not None:
-            task = self._tasks[same]
-            if added := tuple(waiter for waiter in waiters if waiter not in task.waiters):
-                self._set_waiters(task, task.waiters + added)
-            return same
-        self._orders += 1
-        self._accepted += 1
-        data = Task(id=task_id, queue=queue, key=key, priority=priority, body=body, order=self._orders)
-        task = self._tasks[task_id] = _Task(data)
-        self._out.append(StoreTask(data, waiters))
-        for waiter in waiters:
-            task.waiters += (waiter,)
-            self._sessions[waiter].waits[task_id] = None
-        self._make_ready(task)
-        return task_id
-
-    def _held(self, session: str, task_id: str, epoch: int) -> _Task | None:
-        task = self._tasks.get(task_id)
-        return task if task is not None and task.holder == session and task.epoch == epoch else None
-
-    def _ack(self, task: _Task, outcome: Outcome) -> None:
-        self._let_go(task)
-        self._settled += 1
-        if not task.waiters:
-            self._delete(task)
+            tasks = list(self._queues.select(message.queue, message.place))
+        if len(tasks) >= EDITED_AT_ONCE and len(self._edits) >= MAX_EDITS:
+            busy = BusyError(f"{MAX_EDITS} edits of many tasks go on already; try again when one is done")
+            self._send(session, _refused(message.id, busy))
             return
-        task.outcome = encode(TaskResult(task=task.task.id, outcome=outcome))
-        task.place = "settled"
-        self._out.append(SettleTask(task.task.id, task.outcome))
-        for waiter in task.waiters:
-            self._out.append(Send(waiter, task.outcome))
+        edit = _EditInHand(session, message, iter(tasks))
+        if not self._continue_edit(edit):
+            self._edits.append(edit)
 
-    def _give_back(self, task: _Task, not_before: float | None = None, owner: _Session | None = None) -> None:
-        self._let_go(task, owner)
-        key = task.task.key
-        if key is not None and (same := self._pending_keys.get((task.task.queue, key))) is not None:
-            pending = self._tasks[same]  # it says the same: one of them is enough
-            outcome = TaskResult(task=task.task.id, outcome=Failure.of(IndeterminateError(f"task {task.task.id}")))
-            for waiter in task.waiters:
-                self._send(waiter, outcome)
-            pending.attempt = max(pending.attempt, task.attempt)
-            self._delete(task)
-            return
-        self._out.append(ReleaseTask(task.task.id))
-        if not_before is None:
-            self._make_ready(task)
-            return
-        task.place = "delayed"
-        if key is not None:
-            self._pending_keys[task.task.queue, key] = task.task.id
-        heapq.heappush(self._delayed, (not_before, task.task.order, task.task.id))
+    def _continue_edit(self, edit: _EditInHand) -> bool:
+        """Do the next tasks of it; whether that was all. Meanwhile each may have become what the edit is not about."""
+        queues, message = self._queues, edit.message
+        do = {"requeue": queues.requeue, "bury": queues.bury, "delete": queues.delete}[message.action]
+        some = list(islice(edit.tasks, EDITED_AT_ONCE))
+        for task in some:
+            if (
+                queues.get(task.id) is task
+                and message.queue in (None, task.queue)
+                and message.place in (None, task.place)
+            ):
+                edit.held += task.place == "held"
+                edit.changed += do(task)
+        if len(some) == EDITED_AT_ONCE:
+            return False
+        answer = encode(Edited(id=message.id, changed=edit.changed, held=edit.held))
+        self._answer(edit.session, message.id, answer)
+        return True
 
-    def _make_ready(self, task: _Task) -> None:
-        data = task.task
-        if data.key is not None:
-            self._pending_keys[data.queue, data.key] = data.id
-            if data.key in self._held_keys:
-                task.place = "blocked"
-                self._blocked.setdefault(data.key, []).append(data.id)
-                return
-        task.place = "ready"
-        heapq.heappush(self._queue(data.queue).ready, (-data.priority, data.order, data.id))
-        self._dirty[data.queue] = None
-
-    def _let_go(self, task: _Task, owner: _Session | None = None) -> None:
-        """The holder has it no more; those that waited for its key are offered."""
-        assert task.holder is not None, "only a held task can be let go"
-        holder, task.holder = task.holder, None
-        data = task.task
-        known = owner or self._sessions[holder]
-        del known.held[data.id]
-        known.busy[data.queue] -= 1
-        self._dirty[data.queue] = None
-        if data.key is not None:
-            del self._held_keys[data.key]
-            for blocked in self._blocked.pop(data.key, ()):
-                self._make_ready(self._tasks[blocked])
-
-    def _delete(self, task: _Task) -> None:
-        del self._tasks[task.task.id]
-        for waiter in task.waiters:
-            if (known := self._sessions.get(waiter)) is not None:
-                known.waits.pop(task.task.id, None)
-        self._out.append(DeleteTask(task.task.id))
-
-    def _set_waiters(self, task: _Task, waiters: tuple[str, ...]) -> None:
-        for waiter in waiters:
-            if (known := self._sessions.get(waiter)) is not None:
-                known.waits[task.task.id] = None
-        task.waiters = waiters
-        self._out.append(SetWaiters(task.task.id, waiters))
-
-    def _forget_waiter(self, task: _Task, session: str, owner: _Session | None = None) -> None:
-        if session not in task.waiters:
-            return
-        known = owner or self._sessions[session]
-        known.waits.pop(task.task.id, None)
-        rest = tuple(waiter for waiter in task.waiters if waiter != session)
-        if rest or task.outcome is None:
-            self._set_waiters(task, rest)
+    def _configure(self, session: str, message: QueueConfigure | ResourceConfigure) -> None:
+        try:
+            if isinstance(message, QueueConfigure):
+                self._queues.configure_queue(message.queue, message.limits)
+                self._changes.limits[message.queue] = message.limits
+            else:
+                self._queues.configure_resource(message.resource, message.capacity)
+                self._changes.resources[message.resource] = message.capacity
+        except PrunusError as error:
+            self._send(session, _refused(message.id, error))
         else:
-            self._delete(task)
+            self._send(session, Done(id=message.id))
 
-    def _subscribe(self, session: str, known: _Session, queue: str, credit: int) -> None:
-        known.queues[queue] = credit
-        self._queue(queue).subscribers.setdefault(session, 0)
-        self._dirty[queue] = None
-
-    def _queue(self, name: str) -> _Queue:
-        queue = self._queues.get(name)
-        if queue is None:
-            queue = self._queues[name] = _Queue()
-        return queue
-
-    def _dispatch(self, name: str) -> None:
-        """Give out the tasks of a queue as long as somebody has room."""
-        queue = self._queue(name)
-        while queue.ready:
-            _, _, task_id = queue.ready[0]
-            task = self._tasks.get(task_id)
-            if task is None or task.place != "ready":
-                heapq.heappop(queue.ready)
-                continue
-            session = self._roomiest(name, queue)
-            if session is None:
-                return
-            heapq.heappop(queue.ready)
-            data = task.task
-            if data.key is not None:
-                if data.key in self._held_keys:
-                    task.place = "blocked"
-                    self._blocked.setdefault(data.key, []).append(task_id)
-                    continue
-                del self._pending_keys[name, data.key]
-                self._held_keys[data.key] = task_id
-            known = self._sessions[session]
-            known.held[task_id] = None
-            known.busy[name] = known.busy.get(name, 0) + 1
-            self._deliveries += 1
-            queue.subscribers[session] = self._deliveries
-            task.place, task.holder = "held", session
-            task.attempt += 1
-            task.epoch = (self.broker_epoch << 32) + self._deliveries
-            self._out.append(HoldTask(task_id, session, task.epoch, task.attempt))
-            delivery = TaskDelivery(
-                task=task_id, queue=name, key=data.key, body=data.body, epoch=task.epoch, attempt=task.attempt
-            )
-            self._send(session, delivery)
-
-    def _roomiest(self, name: str, queue: _Queue) -> str | None:
-        """The connected subscriber with the most free credit; of equals the one that was served longest ago."""
-        best: tuple[int, int] = (0, 0)
-        chosen = None
-        for session, served in queue.subscribers.items():
-            known = self._sessions[session]
-            free = known.queues[name] - known.busy.get(name, 0) if known.connected else 0
-            if free > 0 and (chosen is None or (free, -served) > best):
-                best, chosen = (free, -served), session
-        return chosen
+    def _over(self, session: str, request: int, what: str, number: int, limit: int) -> bool:
+        """Whether one more would be too many; then that was said."""
+        if number < limit:
+            return False
+        self._send(session, _refused(request, BusyError(f"this session has {limit:,} {what} already")))
+        return True
 
     # --- questions ---
 
     def _take_identifier(self, session: str, known: _Session, identifier: str, since: int) -> bool:
-        owner, mine_since = self._identifiers.get(identifier, (session, since or self.broker_epoch))
+        owner, mine_since = self._identifiers.get(identifier, (session, since))
         if owner != session:
             known.identifiers.pop(identifier, None)
             return False
+        if not mine_since:
+            # Whoever was asked under this name before, in this life of the broker, was somebody else: to a question
+            # that is said again in the next life, this owner is as one that took the name in that life.
+            is_former = self._former_names is None or identifier in self._former_names
+            mine_since = self.broker_epoch + is_former
         self._identifiers[identifier] = session, mine_since
         known.identifiers[identifier] = None
         for key in [key for key in self._unrouted if self._questions[key].identifier == identifier]:
             self._route(key, self._questions[key])
         return True
+
+    def _free_identifier(self, identifier: str) -> None:
+        del self._identifiers[identifier]
+        if self._former_names is not None:
+            self._former_names.add(identifier)
+            if len(self._former_names) > MAX_FORMER_NAMES:
+                self._former_names = None
 
     def _ask(self, session: str, known: _Session, message: RpcRequest) -> None:
         key = session, message.id
@@ -780,8 +912,17 @@ class BrokerCore:
             return
         resent = message.since not in (0, self.broker_epoch)
         owner = self._identifiers.get(message.recipient)
+        before = self._clients[session].asked.get(message.id)
+        if before is not None and (owner is None or owner[0] != before):
+            # Said before, and the name has changed hands: the one who was asked can't tell any more.
+            self._send(session, _refused(message.id, IndeterminateError(message.recipient)))
+            return
         if owner is None and not self._awaited:
-            self._send(session, _refused(message.id, UnroutableError(message.recipient)))
+            self._send(session, _nobody(message.id, message.recipient, message.since if resent else None))
+            return
+        if owner is not None and not message.since and self.is_stuck(owner[0]):  # said again it may have had an effect
+            busy = BusyError(f"{message.recipient!r} does not read what it is sent; try again later")
+            self._send(session, _refused(message.id, busy))
             return
         forget_at = self._now + message.timeout_s + QUESTION_SLACK_S
         question = _Question(message.recipient, message.body, forget_at, message.since if resent else None)
@@ -800,6 +941,10 @@ class BrokerCore:
             return
         del self._unrouted[key]
         question.recipient = session
+        asked = self._clients[key[0]].asked
+        asked[key[1]] = session
+        if len(asked) > MAX_ANSWERS:
+            del asked[next(iter(asked))]
         self._sessions[session].asked[key] = None
         self._send(session, _delivery(key, question))
 
@@ -820,7 +965,7 @@ class BrokerCore:
         self._remove_pattern(session, known, subscription)
         known.patterns[subscription] = sender
         pattern = _Pattern(matcher(sender), matcher(subject))
-        if sender is not None and "*" not in sender:
+        if is_exact(sender) and sender is not None:
             self._exact.setdefault(sender, {})[session, subscription] = pattern
         else:
             self._patterns[session, subscription] = pattern
@@ -829,7 +974,7 @@ class BrokerCore:
         if subscription not in known.patterns:
             return
         sender = known.patterns.pop(subscription)
-        if sender is not None and "*" not in sender:
+        if is_exact(sender) and sender is not None:
             del self._exact[sender][session, subscription]
             if not self._exact[sender]:
                 del self._exact[sender]
@@ -847,50 +992,43 @@ class BrokerCore:
                     receivers[session] = None
         delivery = BroadcastDelivery(body=body, sender=sender, subject=subject)
         for session in receivers:
+            if not self._sessions[session].connected:
+                continue
+            if self.is_stuck(session):
+                self._missed[session] = self._missed.get(session, 0) + 1
+                self._missed_count += 1
+                continue
+            if session in self._missed:
+                self._say_missed(session)
             self._send(session, delivery)
+
+    def _say_missed(self, session: str) -> None:
+        """A peer that reads again is told how many broadcasts it missed."""
+        if self._sessions[session].connected and not self.is_stuck(session):
+            self._send(session, Missed(count=self._missed.pop(session)))
 
     # --- the rest ---
 
-    def _restore(self, state: StoredState, now: float) -> None:
+    def _restore(self, state: StoredState) -> None:
         for name, peer in state.sessions:
-            self._sessions[name] = _Session(peer, now)
+            self._sessions[name] = _Session(peer, self._now)
             self._awaited[name] = None
+            self._queues.join(name)
+        for name, client in state.clients:
+            self._clients[name] = client
+        for name in self._sessions:
+            self._clients.setdefault(name, Client())
         for name, request, frame in state.answers:
-            self._answers.setdefault(name, _Answers()).frames[request] = frame
-        for stored in sorted(state.tasks, key=lambda stored: stored.task.order):
-            data = stored.task
-            self._orders = max(self._orders, data.order)
-            task = self._tasks[data.id] = _Task(data, stored.attempt, stored.epoch, outcome=stored.outcome)
-            task.waiters = tuple(waiter for waiter in stored.waiters if waiter in self._sessions)
-            for waiter in task.waiters:
-                self._sessions[waiter].waits[data.id] = None
-            holder = self._sessions.get(stored.holder or "")
-            if stored.outcome is not None:
-                task.place = "settled"
-                if not task.waiters:
-                    self._delete(task)
-            elif stored.holder is not None and holder is not None:
-                task.place, task.holder = "held", stored.holder
-                holder.held[data.id] = None
-                holder.busy[data.queue] = holder.busy.get(data.queue, 0) + 1
-                if data.key is not None:
-                    self._held_keys[data.key] = data.id
-            elif data.key is not None and (data.queue, data.key) in self._pending_keys:
-                self._delete(task)
-            else:
-                if stored.holder is not None:
-                    self._out.append(ReleaseTask(data.id))
-                self._make_ready(task)
-        for task in [task for task in self._tasks.values() if task.place == "ready" and task.task.key is not None]:
-            if task.task.key in self._held_keys:
-                task.place = "blocked"
-                self._blocked.setdefault(task.task.key or "", []).append(task.task.id)
+            self._clients.setdefault(name, Client()).answers[request] = frame
+        self._retired = dict.fromkeys(name for name in self._clients if name not in self._sessions)
+        self._queues.restore(state.tasks, state.limits, state.resources)
 
     def _advance(self, now: float) -> None:
         if now - self._now > PAUSE_S:  # nobody listened meanwhile: silence was ours
             for known in self._sessions.values():
                 known.last_heard = now
-        self._now = max(self._now, now)
+        self._now = self._queues.now = max(self._now, now)
+        self._queues.wall = self.wall
 
     def _send(self, session: str, message: BrokerMessage | bytes) -> None:
         self._out.append(Send(session, message))
@@ -898,13 +1036,15 @@ class BrokerCore:
     def _finish(self) -> list[Effect]:
         if self._unrouted and not self._awaited:
             for key in list(self._unrouted):
-                identifier = self._questions[key].identifier
+                question = self._questions[key]
                 self._forget_question(key)
-                self._send(key[0], _refused(key[1], UnroutableError(identifier)))
-        while self._dirty and not self.hold_back:
-            name, _ = self._dirty.popitem()
-            self._dispatch(name)
-        effects, self._out = self._out, []
+                self._send(key[0], _nobody(key[1], question.identifier, question.since))
+        self._queues.dispatch()
+        return self._gathered()
+
+    def _gathered(self) -> list[Effect]:
+        effects = self._out[:]
+        self._out.clear()
         return effects
 
 
@@ -916,13 +1056,8 @@ class _Session:
     peer: Peer
     last_heard: float
     connected: bool = False
-    queues: dict[str, int] = field(default_factory=dict)
-    """Credit by queue."""
-    busy: dict[str, int] = field(default_factory=dict)
-    """How many tasks of a queue it holds."""
-    held: dict[str, None] = field(default_factory=dict)
-    waits: dict[str, None] = field(default_factory=dict)
-    """Tasks whose result it waits for."""
+    round_trip_s: float = 0.0
+    """How long a heartbeat takes; 0: unknown."""
     identifiers: dict[str, None] = field(default_factory=dict)
     patterns: dict[int, str | None] = field(default_factory=dict)
     """The sender pattern of each broadcast subscription: where to find it in the index."""
@@ -933,23 +1068,14 @@ class _Session:
 
 
 @dataclass(slots=True)
-class _Task:
-    task: Task
-    attempt: int = 0
-    epoch: int = 0
-    place: str = ""
-    """ready, blocked (its key is held), delayed (it was rejected), held or settled"""
-    holder: str | None = None
-    waiters: tuple[str, ...] = ()
-    outcome: bytes | None = None
+class _EditInHand:
+    """An edit, the tasks that it still has to look at, and what it came to so far."""
 
-
-@dataclass(slots=True)
-class _Queue:
-    ready: list[tuple[int, int, str]] = field(default_factory=list)
-    """A heap of (-priority, order, id). An entry whose task is elsewhere meanwhile is skipped."""
-    subscribers: dict[str, int] = field(default_factory=dict)
-    """session -> the number of its last delivery"""
+    session: str
+    message: TaskEdit
+    tasks: Iterator[Task]
+    changed: int = 0
+    held: int = 0
 
 
 @dataclass(slots=True)
@@ -964,26 +1090,9 @@ class _Question:
 
 
 @dataclass(slots=True)
-class _Answers:
-    frames: dict[int, bytes] = field(default_factory=dict)
-    below: int = 0
-    """The answers to requests below this were seen, or are forgotten."""
-
-
-@dataclass(slots=True)
 class _Pattern:
     sender: Callable[[str | None], object]
     subject: Callable[[str | None], object]
-
-
-def matcher(pattern: str | None) -> Callable[[str | None], object]:
-    """Says whether a sender or a subject matches `pattern`: ``*`` is any run of characters, None matches everything."""
-    if pattern is None:
-        return lambda _: True
-    if "*" not in pattern:
-        return lambda text: text == pattern
-    match_all = re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL).fullmatch
-    return lambda text: text is not None and match_all(text)
 
 
 def _refused(request: int, error: PrunusError) -> Refused:
@@ -992,5 +1101,23 @@ def _refused(request: int, error: PrunusError) -> Refused:
     )
 
 
+def _nobody(request: int, identifier: str, since: int | None) -> Refused:
+    """Nobody has the name. If it was said to the broker `since` before this one, somebody may have had it then."""
+    return _refused(request, UnroutableError(identifier) if since is None else IndeterminateError(identifier))
+
+
 def _delivery(key: tuple[str, int], question: _Question) -> RpcDelivery:
     return RpcDelivery(caller=key[0], id=key[1], identifier=question.identifier, body=question.body)
+
+
+_LAST = 2**63 - 1
+"""The greatest number that the store takes."""
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def _epoch(task: Task) -> int:
+    """Under which it is held."""
+    return task.hold.epoch if task.hold is not None else 0

@@ -9,7 +9,11 @@ Rules
 - A delivery with an epoch not above the highest one seen for that task is an echo, and ignored.
 - A task is in hand from its delivery until the broker confirmed that it is settled.
 - A question that comes twice is answered twice with the same answer; its handler runs once.
-- A heartbeat every `HEARTBEAT_S`; after `SILENCE_S` without a sign of the broker the connection is made anew.
+- A heartbeat every `HEARTBEAT_S`, or three in a lease if that is short; after `SILENCE_S` without a sign of the broker
+  the connection is made anew.
+- Who has shown no life for longer than the broker's lease (a suspended machine, SIGSTOP) says nothing under what it
+  knew before, and believes nothing that came meanwhile: it connects anew, and learns with the `Welcome` which of its
+  tasks are somebody else's now.
 - Nothing waits for ever: a question ends at its deadline, other requests after `PATIENCE_S` without a broker, as
   `NotDeliveredError` if it was never sent and `IndeterminateError` if it was.
 """
@@ -26,19 +30,23 @@ import msgspec
 
 from prunus.errors import BusyError, Failure, IndeterminateError, NotDeliveredError, PrunusError
 from prunus.messaging.messages import (
+    LEASE_S,
     Alive,
+    BlobHeld,
+    BlobPart,
     BroadcastDelivery,
-    BroadcastSend,
     BroadcastSubscribe,
     BroadcastUnsubscribe,
     Call,
     CallDone,
     ClientMessage,
     Done,
+    Edited,
     Goodbye,
     Heartbeat,
     Hello,
     HelloNeeded,
+    Missed,
     Outcome,
     Peer,
     Refused,
@@ -50,11 +58,13 @@ from prunus.messaging.messages import (
     RpcRequest,
     RpcSubscribe,
     RpcUnsubscribe,
+    StatisticsTold,
     TaskAck,
     TaskDelivery,
     TaskNack,
     TaskResult,
     TaskSend,
+    TasksListed,
     TaskStored,
     TaskSubscribe,
     TaskUnsubscribe,
@@ -77,8 +87,17 @@ MAX_UNANSWERED = 10_000
 """Requests in flight; more are refused with `BusyError`."""
 MAX_UNANSWERED_BYTES = 256 * 1024 * 1024
 """Their bytes; more are refused with `BusyError`."""
+MAX_AWAITED = 100_000
+"""Results that are waited for; `task_send` for one more is refused with `BusyError`."""
 MAX_REMEMBERED = 10_000
 """Tasks whose highest epoch is remembered, and questions whose answer is."""
+MAX_REMEMBERED_BYTES = 64 * 1024 * 1024
+"""The bytes of these answers; the oldest are forgotten first."""
+
+_UNLIMITED = (TaskAck, TaskNack, Goodbye)
+"""Requests that give something back: they are never refused, or the broker would wait for them."""
+_IN_HAND = (TaskAck, TaskNack)
+"""Requests that have time as long as their task is in hand."""
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -91,11 +110,15 @@ class _Event(msgspec.Struct, frozen=True):
     pass
 
 
+Answer = Done | TaskStored | CallDone | RpcDone | TasksListed | Edited | StatisticsTold | BlobHeld | BlobPart
+
+
 class Answered(_Event, frozen=True):
     """The request is done."""
 
     id: int
-    message: Done | TaskStored | CallDone | RpcDone
+    message: Answer
+    request: Request
 
 
 class Failed(_Event, frozen=True):
@@ -141,6 +164,7 @@ Event = (
     | Up
     | Reconnect
     | Violation
+    | Missed
 )
 
 
@@ -156,13 +180,17 @@ class _Unanswered:
 class ClientCore:
     """See the module. `take` after every call of another method."""
 
-    def __init__(self, session: str, peer: Peer) -> None:
+    def __init__(self, session: str, peer: Peer, secret: str = "") -> None:
+        """`secret` is known to this session and the broker alone (random; empty: anybody may speak for it)."""
         self.session = session
         self.broker_epoch = 0
+        self.round_trip_s = 0.0
+        """How long the last heartbeat took to its answer; 0: unknown."""
         self.up = False
         self.held: dict[str, int] = {}
         """The epoch of each task in hand."""
         self._peer = peer
+        self._secret = secret
         self._next_id = 1
         self._was_up = False
         self._unanswered: dict[int, _Unanswered] = {}
@@ -172,14 +200,29 @@ class ClientCore:
         self._highest: OrderedDict[str, int] = OrderedDict()
         self._awaited: dict[str, None] = {}
         """Tasks whose result is waited for."""
-        self._expected: dict[str, TaskResult | None] = {}
-        """The same before their `TaskSend` is answered. The result may be here already."""
-        self._queues: dict[str, int] = {}
+        self._expected: dict[str, tuple[int, bool]] = {}
+        """The same before their `TaskSend` is answered: its id, and whether it may have joined another task."""
+        self._may_join = 0
+        """How many of these may name another task."""
+        self._early: OrderedDict[str, tuple[TaskResult, int]] = OrderedDict()
+        """Results that may be those of sends without an answer (ids below this); the broker keeps them too."""
+        self._early_bytes = 0
+        self._queues: dict[tuple[str, str | None], int] = {}
+        """The credit of each (queue, subject pattern)."""
+        self._shared: set[tuple[str, str | None]] = set()
+        """Those of them that have one credit."""
         self._identifiers: dict[str, int] = {}
         self._patterns: dict[int, tuple[str | None, str | None]] = {}
-        self._answers: OrderedDict[tuple[str, int], bytes | None] = OrderedDict()
+        self._asked: set[tuple[str, int]] = set()
+        """Questions that are not answered yet."""
+        self._answers: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._answers_bytes = 0
         self._out: list[bytes] = []
         self._hello_at = self._heard_at = self._beat_at = self._lost_at = 0.0
+        self._lease_s = LEASE_S
+        """The broker's; how often a sign of life is due follows from it."""
+        self._heartbeat_s = HEARTBEAT_S
+        self._beat_unanswered = False
 
     # --- the connection ---
 
@@ -191,47 +234,63 @@ class ClientCore:
         self._out.clear()
         self._hello(now)
 
+    def wake(self, now: float) -> list[Event]:
+        """Look at the clock, before anything else is done: after a lease without a sign of life nothing is said or
+        believed on the old connection."""
+        silent_s = now - self._beat_at
+        if not self.up or silent_s <= self._lease_s:
+            return []
+        self.up, self._lost_at = False, now
+        self._out.clear()
+        return [Reconnect(f"this process stood still: it showed no life for {silent_s:.0f} s")]
+
     def on_frame(self, now: float, frame: bytes) -> list[Event]:
         """What a frame of the broker means. Raises `ProtocolError` (make a new connection then)."""
         message = decode_from_broker(frame)
         self._heard_at = now
+        if not self.up:  # only what says who is there counts; all else will be said again after our Hello
+            match message:
+                case Welcome():
+                    return self._welcome(now, message)
+                case Violation():
+                    return [message]
+                case _:
+                    return []
         match message:
-            case HelloNeeded():
-                if self.up:  # a broker that does not know us: it restarted, or forgot us
-                    self.up, self._lost_at = False, now
-                    self._hello(now)
-                return []
-            case Violation():
-                return [message]
-            case Welcome():
-                return [] if self.up else self._welcome(now, message)
-        if not self.up:
-            return []  # an echo from before our Hello; what matters will be said again
-        match message:
-            case Alive():
-                return []
-            case Done() | TaskStored() | CallDone() | RpcDone():
+            case TaskStored() | Done() | RpcDone() | CallDone() | TasksListed() | Edited() | StatisticsTold():
                 return self._answered(message)
-            case Refused():
-                return self._fail(message.id, message.failure.to_exception())
+            case BlobHeld() | BlobPart():
+                return self._answered(message)
             case TaskDelivery():
-                if message.epoch <= self._highest.get(message.task, 0):
+                if message.epoch <= max(self._highest.get(message.task, 0), self.held.get(message.task, 0)):
                     return []
                 _remember(self._highest, message.task, message.epoch)
                 self.held[message.task] = message.epoch
                 return [message]
-            case TaskResult():
-                return self._result(message)
+            case BroadcastDelivery() | Missed() | Violation():
+                return [message]
             case RpcDelivery():
                 key = message.caller, message.id
-                if key not in self._answers:
-                    _remember(self._answers, key, None)
-                    return [message]
-                if (answer := self._answers[key]) is not None:
+                if (answer := self._answers.get(key)) is not None:
                     self._out.append(answer)
+                elif key not in self._asked:
+                    self._asked.add(key)
+                    return [message]
                 return []
-            case BroadcastDelivery():
-                return [message]
+            case Refused():
+                return self._fail(message.id, message.failure.to_exception())
+            case TaskResult():
+                return self._result(message)
+            case Alive():
+                if self._beat_unanswered:
+                    self._beat_unanswered, self.round_trip_s = False, now - self._beat_at
+                return []
+            case HelloNeeded():  # a broker that does not know us: it restarted, or forgot us
+                self.up, self._lost_at = False, now
+                self._hello(now)
+                return []
+            case Welcome():
+                return []
             case _:
                 assert_never(message)
 
@@ -245,13 +304,13 @@ class ClientCore:
         if self.up:
             if now - self._heard_at > SILENCE_S:
                 events.append(Reconnect(f"the broker was silent for {SILENCE_S:g} s"))
-            elif now - self._beat_at >= HEARTBEAT_S:
-                self._beat_at = now
-                self._say(Heartbeat(seen=self._seen()))
+            elif now - self._beat_at >= self._heartbeat_s:
+                self._beat_at, self._beat_unanswered = now, True
+                self._say(Heartbeat(seen=self._seen(), round_trip_s=self.round_trip_s))
         else:
             for request, one in list(self._unanswered.items()):
-                if isinstance(one.message, TaskAck | TaskNack):
-                    continue  # they have time as long as the task is in hand
+                if isinstance(one.message, _IN_HAND):
+                    continue
                 if now - max(one.asked_at, self._lost_at) > PATIENCE_S:
                     events += self._give_up(request)
             if now - self._hello_at > WELCOME_S:
@@ -260,7 +319,7 @@ class ClientCore:
 
     def due(self) -> float:
         """When `tick` has something to do next, at the latest."""
-        next_sign = self._beat_at + HEARTBEAT_S if self.up else self._hello_at + WELCOME_S
+        next_sign = self._beat_at + self._heartbeat_s if self.up else self._hello_at + WELCOME_S
         while self._deadlines and self._deadlines[0][1] not in self._unanswered:
             heapq.heappop(self._deadlines)
         return min(next_sign, self._deadlines[0][0]) if self._deadlines else next_sign
@@ -279,10 +338,12 @@ class ClientCore:
         """
         message = make(self._next_id)
         frame = encode(message)
-        if not isinstance(message, TaskAck | TaskNack | Goodbye) and (
+        if not isinstance(message, _UNLIMITED) and (
             len(self._unanswered) >= MAX_UNANSWERED or self._unanswered_bytes + len(frame) > MAX_UNANSWERED_BYTES
         ):
             raise BusyError(f"{len(self._unanswered):,} requests wait for the broker; try again later")
+        if isinstance(message, TaskSend) and message.want_result and len(self._awaited) >= MAX_AWAITED:
+            raise BusyError(f"{MAX_AWAITED:,} results are waited for; send without want_result, or wait for some")
         self._next_id += 1
         self._unanswered[message.id] = one = _Unanswered(message, frame, now)
         self._unanswered_bytes += len(frame)
@@ -299,7 +360,11 @@ class ClientCore:
             frame = encode(RpcAnswer(caller=caller, id=question, outcome=outcome))
         except PrunusError as error:  # too large: then that is the answer
             frame = encode(RpcAnswer(caller=caller, id=question, outcome=outcome_of(error)))
-        _remember(self._answers, (caller, question), frame)
+        self._asked.discard((caller, question))
+        self._answers[caller, question] = frame
+        self._answers_bytes += len(frame)
+        while len(self._answers) > MAX_REMEMBERED or self._answers_bytes > MAX_REMEMBERED_BYTES:
+            self._answers_bytes -= len(self._answers.popitem(last=False)[1])
         if self.up:
             self._out.append(frame)
 
@@ -307,29 +372,43 @@ class ClientCore:
 
     def _hello(self, now: float) -> None:
         self._hello_at = self._heard_at = now
+        self._beat_unanswered = False
         hello = Hello(
             session=self.session,
             peer=self._peer,
             held=tuple(self.held.items()),
             awaited=tuple(self._awaited),
             expected=tuple(self._expected),
-            queues=tuple(self._queues.items()),
+            queues=tuple((queue, credit) for (queue, subject), credit in self._queues.items() if subject is None),
             identifiers=tuple(self._identifiers.items()),
             patterns=tuple((number, sender, subject) for number, (sender, subject) in self._patterns.items()),
             seen=self._seen(),
+            filtered=tuple(
+                (queue, subject, credit) for (queue, subject), credit in self._queues.items() if subject is not None
+            ),
+            secret=self._secret,
+            shared=tuple(key for key in self._queues if key in self._shared),
+            epoch=self.broker_epoch,
         )
         self._say(hello)
 
     def _welcome(self, now: float, message: Welcome) -> list[Event]:
         self.up, self._beat_at = True, now
+        self._lease_s = message.lease_s
+        self._heartbeat_s = min(HEARTBEAT_S, message.lease_s / 3)
         self.broker_epoch = message.broker_epoch
         events: list[Event] = []
+        said = [one.message for one in self._unanswered.values() if one.said_to]
+        settled = {message.task for message in said if isinstance(message, TaskAck | TaskNack)}
         for task in message.lost:
-            if self.held.pop(task, None) is not None:
+            if self.held.pop(task, None) is not None and task not in settled:  # else it may be lost, or just done with
                 events.append(TaskLost(task))
         for identifier in message.taken:
             if self._identifiers.pop(identifier, None) is not None:
                 events.append(NameTaken(identifier))
+        if message.since:
+            for identifier, since in self._identifiers.items():
+                self._identifiers[identifier] = max(since, message.since) if since else 0
         for one in self._unanswered.values():
             self._say_request(one)
         events.append(Up(again=self._was_up))
@@ -356,10 +435,17 @@ class ClientCore:
     def _note(self, message: Request) -> None:
         """What the request makes true is said in every `Hello` from now on."""
         match message:
+            case TaskSend():
+                if message.want_result:
+                    self._expected[message.task] = message.id, message.key is not None
+                    self._may_join += message.key is not None
+            case TaskAck() | TaskNack():
+                pass
             case TaskSubscribe():
-                self._queues[message.queue] = message.credit
+                self._queues[message.queue, message.subject] = message.credit
+                (self._shared.add if message.shared else self._shared.discard)((message.queue, message.subject))
             case TaskUnsubscribe():
-                self._queues.pop(message.queue, None)
+                self._queues.pop((message.queue, message.subject), None)
             case RpcSubscribe():
                 self._identifiers.setdefault(message.identifier, 0)
             case RpcUnsubscribe():
@@ -368,25 +454,20 @@ class ClientCore:
                 self._patterns[message.subscription] = message.sender, message.subject
             case BroadcastUnsubscribe():
                 self._patterns.pop(message.subscription, None)
-            case TaskSend():
-                if message.want_result:
-                    self._expected[message.task] = None
-            case TaskAck() | TaskNack() | RpcRequest() | BroadcastSend() | Call() | Goodbye():
-                pass
             case _:
-                assert_never(message)
+                pass
 
-    def _answered(self, answer: Done | TaskStored | CallDone | RpcDone) -> list[Event]:
+    def _answered(self, answer: Answer) -> list[Event]:
         one = self._forget(answer.id)
         if one is None:
             return []
-        events: list[Event] = [Answered(answer.id, answer)]
+        events: list[Event] = [Answered(answer.id, answer, one.message)]
         match one.message:
             case TaskSend(want_result=True) if isinstance(answer, TaskStored):
-                early = self._expected.pop(one.message.task, None)
                 self._awaited[answer.task] = None
-                if early is not None:
-                    events += self._result(early)
+                if answer.task in self._early:
+                    events += self._result(self._early[answer.task][0])
+                self._expect_no_more(one.message.task)
             case TaskAck() | TaskNack():
                 if self.held.get(one.message.task) == one.message.epoch:
                     del self.held[one.message.task]
@@ -395,20 +476,37 @@ class ClientCore:
                     if self.held.get(task) == epoch:
                         del self.held[task]
             case RpcSubscribe():
-                if one.message.identifier in self._identifiers:
-                    self._identifiers[one.message.identifier] = self.broker_epoch
+                if one.message.identifier in self._identifiers and isinstance(answer, Done):
+                    self._identifiers[one.message.identifier] = answer.since or self.broker_epoch
             case _:
                 pass
         return events
 
     def _result(self, message: TaskResult) -> list[Event]:
-        if message.task in self._expected:
-            self._expected[message.task] = message
-        if message.task not in self._awaited:
-            return []
-        del self._awaited[message.task]
-        self._say(ResultSeen(task=message.task))
-        return [message]
+        """Hand it out if it is waited for. One that may be that of a send without an answer yet is kept until then."""
+        is_awaited = message.task in self._awaited
+        if is_awaited:
+            del self._awaited[message.task]
+        if not (self._may_join or message.task in self._expected):
+            self._say(ResultSeen(task=message.task))
+        elif message.task not in self._early:
+            self._early[message.task] = message, self._next_id
+            self._early_bytes += _size(message)
+            while len(self._early) > MAX_REMEMBERED or self._early_bytes > MAX_REMEMBERED_BYTES:
+                self._forget_early()
+        return [message] if is_awaited else []
+
+    def _expect_no_more(self, task: str) -> None:
+        """This send is answered: results that can't be those of the others are let go."""
+        self._may_join -= self._expected.pop(task, (0, False))[1]
+        oldest, _ = next(iter(self._expected.values()), (self._next_id, False))
+        while self._early and next(iter(self._early.values()))[1] <= oldest:
+            self._forget_early()
+
+    def _forget_early(self) -> None:
+        task, (result, _) = self._early.popitem(last=False)
+        self._early_bytes -= _size(result)
+        self._say(ResultSeen(task=task))
 
     def _fail(self, request: int, error: PrunusError) -> list[Event]:
         one = self._forget(request)
@@ -418,11 +516,11 @@ class ClientCore:
             case RpcSubscribe():
                 self._identifiers.pop(one.message.identifier, None)
             case TaskSubscribe():
-                self._queues.pop(one.message.queue, None)
+                self._queues.pop((one.message.queue, one.message.subject), None)
             case BroadcastSubscribe():
                 self._patterns.pop(one.message.subscription, None)
             case TaskSend():
-                self._expected.pop(one.message.task, None)
+                self._expect_no_more(one.message.task)
             case _:
                 pass
         return [Failed(request, error)]
@@ -444,6 +542,10 @@ def result_or_raise(outcome: Outcome) -> bytes:
     if isinstance(outcome, Failure):
         raise outcome.to_exception()
     return outcome or b""
+
+
+def _size(result: TaskResult) -> int:
+    return len(result.outcome) if isinstance(result.outcome, bytes) else 0
 
 
 def _remember(memory: OrderedDict[_K, _V], key: _K, value: _V) -> None:

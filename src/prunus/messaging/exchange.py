@@ -1,15 +1,15 @@
 """The broker with its disk: the core, its task store and a service, behind one commit barrier.
 
-`process` takes the frames that arrived together, lets the core and the service decide, writes what they decided,
-commits **once**, and only then returns what is to be sent. So nothing is said that a power cut could take back (G1),
-and a checkpoint, the acknowledgement of its task and the tasks that it causes are one transaction (G2).
+`process` takes the frames that arrived together, lets the core and the service decide, writes what changed (each task
+once), commits **once**, and only then returns what is to be sent. So nothing is said that a power cut could take back
+(G1), and a checkpoint, the acknowledgement of its task and the tasks that it causes are one transaction (G2).
 
 It is crash-only: whatever SQLite refuses raises `BrokerStoppedError`, nothing of that batch is sent, and the caller
 ends its process. A new one starts from the disk, and the clients say again what was not confirmed.
 
 Nothing here knows what the service keeps; the service shares the connection, and leaves transactions to the exchange.
 The service may have timers, by a clock of its own (the wall clock, which jumps): how long the next one has to wait is
-asked after every batch and every tick, so at least once a second, and those that are late fire at once.
+asked after every commit and every tick, so at least once a second, and those that are late fire at once.
 """
 
 from __future__ import annotations
@@ -17,47 +17,65 @@ from __future__ import annotations
 import logging
 import math
 import sqlite3
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Hashable, Iterable
+from typing import Generic, Protocol, TypeVar, assert_never
 
 import msgspec
 
-from prunus.errors import MessagingError, NotDeliveredError, ProtocolError, PrunusError, StoreFullError
-from prunus.messaging.broker import (
-    LEASE_S,
-    BrokerCore,
-    DropAnswers,
-    Effect,
-    ForgetSession,
-    ReleaseTask,
-    SaveSession,
-    Send,
-    Statistics,
+from prunus.errors import (
+    MessageTooLargeError,
+    MessagingError,
+    NotDeliveredError,
+    NotPermittedError,
+    PersistenceError,
+    ProtocolError,
+    PrunusError,
+    StoreFullError,
+    TaskRejectedError,
+    UnknownResourceError,
 )
+from prunus.messaging.access import OWNER, Principal, Role, reduced, what, who_may_say
+from prunus.messaging.blobs import BlobStore
+from prunus.messaging.broker import OWN_TASKS, BrokerCore, Came, Describe, Effect, Left, Show
+from prunus.messaging.communicator import MAX_BODY_BYTES
+from prunus.messaging.inventory import Statistics, TaskInfo
 from prunus.messaging.messages import (
+    LEASE_S,
+    BlobGet,
+    BlobHeld,
+    BlobPart,
+    BlobPut,
     BrokerMessage,
     Call,
     CallDone,
+    ClientMessage,
     Hello,
     HelloNeeded,
     Peer,
     Refused,
+    StatisticsTold,
+    TaskDelivery,
+    TasksListed,
     Violation,
     decode_from_client,
     encode,
     outcome_of,
 )
+from prunus.messaging.queues import Deliver, Keep, Needs, Send, Task
 from prunus.messaging.taskstore import TaskStore
 
 MAX_PROTOCOL_ERRORS = 10
 """A connection that sent so much nonsense is not listened to any more."""
 MAX_OFFENDERS = 1000
 """How many connections that sent nonsense are remembered."""
+MAX_UNKNOWN = 1000
+"""So many resources that tasks of the broker's own wait for in vain are told to the log, each once."""
+MAX_PARTS_BYTES = 8 * 1024 * 1024
+"""What one session gets of blobs in one batch; then it gets none, and asks again."""
 
 logger = logging.getLogger(__name__)
-_REGAINED = SaveSession | ForgetSession | DropAnswers | ReleaseTask
-"""What a broker that starts again learns from its clients, so that it need not be written to a full disk."""
 Route = TypeVar("Route", bound=Hashable)
 """What the transport calls a connection."""
 
@@ -69,6 +87,10 @@ class NewTask(msgspec.Struct, frozen=True, kw_only=True):
     key: str | None = None
     body: bytes = b""
     priority: int = 0
+    depth: int = 0
+    """Of one priority the deeper goes first; more than 255 counts as 255."""
+    needs: Needs = ()
+    """It waits until there are so many tokens, also if nobody has said that there are any."""
 
 
 class NewBroadcast(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,17 +107,24 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     answer: bytes
     tasks: tuple[NewTask, ...] = ()
     broadcasts: tuple[NewBroadcast, ...] = ()
+    begins: NewTask | None = None
+    """What the request begins will need such a task, now or later. If its sender would be refused (the queue is full, a
+    resource is not there), the whole call is."""
 
 
 class Service(Protocol):
     """What is kept behind the broker, in the same database."""
 
-    def execute(self, request: bytes, session: str) -> Served:
-        """Answer a request of `session`, inside the open transaction. A `PrunusError` undoes the whole call."""
+    def execute(self, request: bytes, session: str, role: Role) -> Served:
+        """Answer a request of `session`, inside the open transaction. A `PrunusError` undoes the whole call.
+
+        What `role` may not do is refused with `NotPermittedError`.
+        """
         ...
 
-    def left(self, session: str) -> Iterable[NewTask]:
-        """`session` is gone for good, and so are its claims on anything; in the commit that says so."""
+    def left(self, session: str, lost: Peer | None) -> Iterable[NewTask | NewBroadcast]:
+        """`session` is gone for good, and so are its claims on anything; in the commit that says so. `lost` is the
+        process in which it died or fell silent; None: it said goodbye, or this broker never heard it."""
         ...
 
     def due(self) -> float | None:
@@ -120,16 +149,6 @@ class BrokerStoppedError(MessagingError):
         return cls(str(error), full=getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL)
 
 
-class ExchangeStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts since the start, and what the core has in hand."""
-
-    broker: Statistics
-    frames: int
-    calls: int
-    commits: int
-    protocol_errors: int
-
-
 class Exchange(Generic[Route]):
     """See the module. One thread; `connection` is in autocommit mode (``isolation_level=None``) and nobody else's."""
 
@@ -138,45 +157,69 @@ class Exchange(Generic[Route]):
         connection: sqlite3.Connection,
         *,
         service: Service | None = None,
+        blobs: BlobStore | None = None,
         now: float = 0.0,
+        wall_clock: Callable[[], float] = time.time,
         lease_s: float = LEASE_S,
         failpoint: Callable[[str], None] = lambda name: None,
         on_session: Callable[[str, Peer | None], None] = lambda session, peer: None,
         before_batch: Callable[[int], None] = lambda size: None,
+        principal_of: Callable[[Route], Principal] = lambda route: OWNER,
     ) -> None:
         """Read what is on disk and raise the broker epoch (one commit).
 
+        `blobs` keeps what is too large for a message (None: that is refused).
+
+        `now` is monotonic and comes with every call; `wall_clock` gives seconds since 1970, for delays and expiry.
+
         `failpoint` is called with ``before_commit``, ``after_commit`` and (by the server) ``after_send``;
         `on_session` when a session is known (with its process) or gone (None); `before_batch` with the bytes that
-        came, before anything is done with them.
+        came, before anything is done with them. `principal_of` says who speaks on a connection.
         """
         if connection.isolation_level is not None:
             raise ValueError("open the connection with isolation_level=None: the exchange begins and commits itself")
         self._connection = connection
         self._service = service
+        self._blobs = blobs
+        self._wall_clock = wall_clock
         self.failpoint = failpoint
         self.on_session = on_session
         self.before_batch = before_batch
+        self.principal_of = principal_of
+        self.is_stuck: Callable[[Route], bool] = lambda route: False
+        """Whether a connection should get no more of what can be refused or dropped: its peer does not read."""
+        self.refused_connections = 0
+        """Counted by the server."""
         self._refuse_changes: str | None = None
-        self._unsaved: set[str] = set()
-        """Sessions that came or went while the disk was full."""
         self._routes: dict[str, Route] = {}
         self._sessions: dict[Route, str] = {}
+        self._principals: dict[str, Principal] = {}
+        """Who said `Hello` as each session: nobody else can speak for it."""
         self._offences: OrderedDict[Route, int] = OrderedDict()
         self._sends: list[tuple[Route, bytes]] = []
         self._news: list[tuple[str, Peer | None]] = []
-        self._gone: list[str] = []
+        self._gone: list[tuple[str, Peer | None]] = []
         """Sessions that the service has to be told are gone."""
+        self._parts_bytes: dict[str, int] = {}
+        """What each session got of blobs in this batch."""
         self._written = False
-        self._timer_due = now
+        self._timer_due = math.inf if service is None else now
         """The `now` at which the service's timers are to be looked at."""
+        self._unknown: set[str] = set()
+        """Resources of which the log says that something waits for them in vain."""
         self._stopped: BrokerStoppedError | None = None
         self._encoded: tuple[object, bytes] = None, b""
-        self._made = self._frames = self._calls = self._commits = self._protocol_errors = 0
+        self._made = self._frames = self._calls = self._commits = self._protocol_errors = self._not_permitted = 0
         try:
             self._begin()
             self._store = TaskStore(connection)
-            self._core = BrokerCore(self._store.next_broker_epoch(), now, self._store.load(), lease_s=lease_s)
+            self._core = BrokerCore(
+                self._store.next_broker_epoch(), now, self._store.load(), wall=wall_clock(), lease_s=lease_s
+            )
+            self._core.is_stuck = self._does_not_read
+            if blobs is not None:
+                self._core.blob_size = blobs.size
+            self._store.write(self._core.take_changes())
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             raise BrokerStoppedError.of(error) from error
@@ -186,11 +229,14 @@ class Exchange(Generic[Route]):
     def process(self, now: float, frames: Iterable[tuple[Route, bytes]]) -> list[tuple[Route, bytes]]:
         """Deal with frames that arrived together; what to send, all of it durable. Raises `BrokerStoppedError`."""
         frames = list(frames)
+        self._parts_bytes.clear()
         self.before_batch(sum(len(frame) for _, frame in frames))
 
         def work() -> None:
             for route, frame in frames:
                 self._take(now, route, frame)
+            if self._core.has_more:
+                self._apply(self._core.go_on())
             if now >= self._timer_due:  # a busy broker has no idle moment for a `tick`
                 self._fire()
 
@@ -201,9 +247,10 @@ class Exchange(Generic[Route]):
 
         def work() -> None:
             self._apply(self._core.tick(now))
+            self._apply(self._core.go_on())
             self._fire()
 
-        return self._behind_the_barrier(work, now)
+        return self._behind_the_barrier(work, now, ticked=True)
 
     def expire(self, now: float, sessions: Iterable[str]) -> list[tuple[Route, bytes]]:
         """These sessions are certainly dead: their processes ended."""
@@ -218,8 +265,31 @@ class Exchange(Generic[Route]):
         """Store tasks of the broker's own making, each unless one with its key is pending."""
         return self._behind_the_barrier(lambda: self._put(tasks), now)
 
+    def forget_dead(self, now: float, *, before: float, limit: int) -> int:
+        """Forget dead letters that died before this wall-clock time, up to `limit`, in one commit; how many. Whoever
+        still waits for one of them is told with the next batch."""
+        forgotten = 0
+
+        def work() -> None:
+            nonlocal forgotten
+            forgotten, effects = self._core.forget_dead(before, limit)
+            self._apply(effects)
+
+        self._sends = self._behind_the_barrier(work, now)
+        return forgotten
+
+    def sweep_blobs(self, now: float) -> None:
+        """Remove some of the blobs that no task refers to. Between two batches: what refers to one is committed."""
+        if self._blobs is not None and self._refuse_changes is None:
+            try:
+                self._blobs.sweep(now, self._store.needs_blob)
+            except sqlite3.Error as error:
+                self._stopped = BrokerStoppedError.of(error)
+                raise self._stopped from error
+
     def drop_route(self, route: Route) -> None:
         """A connection is gone. Its session is not: it may come back on another one."""
+        self._offences.pop(route, None)
         session = self._sessions.pop(route, None)
         if session is not None:
             del self._routes[session]
@@ -250,14 +320,6 @@ class Exchange(Generic[Route]):
     def refuse_changes(self, path: str | None) -> None:
         self._refuse_changes = path
         self._core.hold_back = path is not None
-        if path is None and self._unsaved:
-            known = self._core.sessions()
-            unsaved, self._unsaved = self._unsaved, set()
-            self._behind_the_barrier(
-                lambda: self._apply(
-                    [SaveSession(one, known[one]) if one in known else ForgetSession(one) for one in sorted(unsaved)]
-                )
-            )
 
     @property
     def broker_epoch(self) -> int:
@@ -268,27 +330,49 @@ class Exchange(Generic[Route]):
         """The sessions that are not gone, with their processes; also those from before a restart."""
         return self._core.sessions()
 
+    def principals(self) -> dict[str, Principal]:
+        """Who speaks for each session that said `Hello` to this broker."""
+        return dict(self._principals)
+
     def has_task(self, key: str) -> bool:
         """Whether a task with this key is pending or held."""
         return self._core.has_task(key)
 
-    def statistics(self) -> ExchangeStatistics:
-        return ExchangeStatistics(
-            broker=self._core.statistics(),
+    def own_tasks(self, limit: int) -> list[str]:
+        """The keys of up to `limit` pending tasks of the broker's own making."""
+        return self._core.own_tasks(limit)
+
+    def statistics(self) -> Statistics:
+        """Queues, resources, sessions and counts, as they are now."""
+        [[pages]] = self._connection.execute("PRAGMA page_count").fetchall()
+        [[page_bytes]] = self._connection.execute("PRAGMA page_size").fetchall()
+        return msgspec.structs.replace(
+            self._core.statistics(self._who),
             frames=self._frames,
-            calls=self._calls,
             commits=self._commits,
+            calls=self._calls,
             protocol_errors=self._protocol_errors,
+            refused_connections=self.refused_connections,
+            not_permitted=self._not_permitted,
+            database_bytes=pages * page_bytes,
         )
 
     # --- the barrier ---
 
-    def _behind_the_barrier(self, work: Callable[[], None], now: float | None = None) -> list[tuple[Route, bytes]]:
+    def _behind_the_barrier(
+        self, work: Callable[[], None], now: float | None = None, *, ticked: bool = False
+    ) -> list[tuple[Route, bytes]]:
         if self._stopped is not None:
             raise self._stopped
+        self._core.wall = self._wall_clock()
         try:
             work()
             self._let_go()
+            changes = self._core.take_changes(lasting=self._refuse_changes is not None)
+            if changes:
+                self._begin()
+                self._written = True
+                self._store.write(changes)
             if self._connection.in_transaction:
                 if self._written:
                     self.failpoint("before_commit")
@@ -306,8 +390,9 @@ class Exchange(Generic[Route]):
         except BrokerStoppedError as error:
             self._stopped = error
             raise
-        self._written = False
-        if now is not None and self._service is not None:
+        committed, self._written = self._written, False
+        if now is not None and self._service is not None and (committed or ticked or now >= self._timer_due):
+            # Only a commit sets a timer, and only the wall clock can bring one nearer: each tick looks at that.
             due = self._service.due()
             self._timer_due = math.inf if due is None else now + due
         sends, self._sends = self._sends, []
@@ -321,10 +406,14 @@ class Exchange(Generic[Route]):
         if self._service is None or self._refuse_changes is not None:
             return
         gone, self._gone = self._gone, []
-        for session in gone:
+        for session, lost in gone:
             self._begin()
             self._written = True
-            self._put(self._service.left(session))
+            came = list(self._service.left(session, lost))
+            self._put(task for task in came if isinstance(task, NewTask))
+            for news in came:
+                if isinstance(news, NewBroadcast):
+                    self._apply(self._core.broadcast(news.body, news.sender, news.subject))
 
     def _fire(self) -> None:
         """The service's timers that are due, in the commit of this batch."""
@@ -340,27 +429,94 @@ class Exchange(Generic[Route]):
         if not self._connection.in_transaction:
             self._connection.execute("BEGIN IMMEDIATE")
 
-    def _apply(self, effects: Sequence[Effect]) -> None:
+    def _apply(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
-            if isinstance(effect, Send):
-                route = self._routes.get(effect.session)
-                if route is not None:
-                    self._sends.append((route, self._frame(effect.message)))
-                continue
-            if self._refuse_changes is None or not isinstance(effect, _REGAINED):
-                self._begin()
-                self._written = True
-                self._store.apply(effect)
-            elif isinstance(effect, SaveSession | ForgetSession):
-                self._unsaved.add(effect.session)
-            if isinstance(effect, SaveSession):
-                self._news.append((effect.session, effect.peer))
-            elif isinstance(effect, ForgetSession):
-                self._news.append((effect.session, None))
-                self._gone.append(effect.session)
-                route = self._routes.pop(effect.session, None)
-                if route is not None:
-                    del self._sessions[route]
+            match effect:
+                case Send():
+                    route = self._routes.get(effect.session)
+                    if route is not None:
+                        self._sends.append((route, self._frame(effect.message)))
+                case Deliver():
+                    self._deliver(effect.task)
+                case Keep():
+                    self._store.keep(effect.number, effect.body)
+                case Came():
+                    self._news.append((effect.session, effect.peer))
+                case Left():
+                    self._news.append((effect.session, None))
+                    self._gone.append((effect.session, effect.lost))
+                    self._principals.pop(effect.session, None)
+                    if self._blobs is not None:
+                        self._blobs.forget_session(effect.session)
+                    route = self._routes.pop(effect.session, None)
+                    if route is not None:
+                        del self._sessions[route]
+                case Show():
+                    self._show(effect)
+                case Describe():
+                    self._answer(effect.session, StatisticsTold(id=effect.request, statistics=self.statistics()))
+                case _:
+                    assert_never(effect)
+
+    def _deliver(self, task: Task) -> None:
+        """Send a task with its body. If that is not what was stored, the task is a dead letter."""
+        hold = task.hold
+        assert hold is not None, "what is delivered is held"
+        try:
+            if task.blob is not None and self._core.blob_size(task.blob) != task.size:
+                raise PersistenceError(f"its body, the blob {task.blob}, is gone from the disk, or damaged")
+            body = self._store.body(task.number)
+        except PersistenceError as error:
+            logger.error("a task is a dead letter: %s", error, extra={"task": task.id, "queue": task.queue})
+            self._apply(self._core.damaged(task, str(error)))
+            return
+        self._store.forget_body(task.number)
+        route = self._routes.get(hold.session)
+        if route is not None:
+            delivery = TaskDelivery(
+                task=task.id,
+                queue=task.queue,
+                key=task.key,
+                body=body,
+                epoch=hold.epoch,
+                attempt=task.attempt,
+                subject=task.subject,
+                pattern=hold.pattern,
+                blob=task.blob,
+            )
+            self._sends.append((route, encode(delivery)))
+
+    def _show(self, show: Show) -> None:
+        """Answer a question for tasks; with their bodies as many as fit into a frame."""
+        tasks: list[TaskInfo] = []
+        more, size = show.more, 0
+        for task in show.tasks:
+            info = self._core.info(task)
+            if show.bodies and task.blob is None:
+                body = self._store.body(task.number, checked=False)
+                size += len(body)
+                if tasks and size > MAX_BODY_BYTES:
+                    more = True
+                    break
+                info = msgspec.structs.replace(info, body=body)
+            tasks.append(info)
+        self._answer(show.session, TasksListed(id=show.request, tasks=tuple(tasks), more=more))
+
+    def _answer(self, session: str, message: TasksListed | StatisticsTold) -> None:
+        """Answer a question about what is there; it may be too much for a frame."""
+        try:
+            frame = encode(message)
+        except MessageTooLargeError as error:
+            frame = encode(Refused(id=message.id, failure=outcome_of(error)))
+        self._apply([Send(session, frame)])
+
+    def _who(self, session: str) -> tuple[str, str | None]:
+        principal = self._principals.get(session, OWNER)
+        return principal.role, principal.key
+
+    def _does_not_read(self, session: str) -> bool:
+        route = self._routes.get(session)
+        return route is not None and self.is_stuck(route)
 
     def _frame(self, message: BrokerMessage | bytes) -> bytes:
         """Its bytes; a broadcast is encoded once for all of its receivers."""
@@ -381,26 +537,50 @@ class Exchange(Generic[Route]):
         except ProtocolError as error:
             self._offence(route, error)
             return
+        principal = self.principal_of(route)
         if isinstance(message, Hello):
-            self._bind(route, message.session)
+            message = reduced(principal.role, message)
+            if (reason := self._core.refusal(message)) is not None:
+                self._sends.append((route, self._frame(Violation(reason=reason))))
+                return
+            if not self._bind(route, message.session, principal):
+                return
         session = self._sessions.get(route)
         if session is None:
             self._sends.append((route, self._frame(HelloNeeded())))
+        elif principal.role is not Role.OWNER and principal.role not in who_may_say(message):
+            self._not_allowed(route, principal, message)
         elif isinstance(message, Call):
             self._call(now, session, message)
+        elif isinstance(message, BlobPut | BlobGet):
+            self._blob(now, session, message)
         else:
             self._apply(self._core.handle(now, session, message))
 
-    def _bind(self, route: Route, session: str) -> None:
-        """From now on this session speaks on this route."""
+    def _not_allowed(self, route: Route, principal: Principal, message: ClientMessage) -> None:
+        self._not_permitted += 1
+        error = NotPermittedError(principal.role, what(message))
+        request = getattr(message, "id", None)
+        refusal = Violation(reason=str(error)) if request is None else Refused(id=request, failure=outcome_of(error))
+        self._sends.append((route, self._frame(refusal)))
+
+    def _bind(self, route: Route, session: str, principal: Principal) -> bool:
+        """From now on this session speaks on this route, unless it is that of another key."""
+        if self._principals.setdefault(session, principal).key != principal.key:
+            self._not_permitted += 1
+            reason = f"the session {session!r} came with another key; only that one can speak as it"
+            self._sends.append((route, self._frame(Violation(reason=reason))))
+            return False
+        self._principals[session] = principal
         before = self._sessions.get(route)
         if before == session:
-            return
+            return True
         if before is not None:
             self.drop_route(route)
         if (old := self._routes.get(session)) is not None:
             del self._sessions[old]
         self._routes[session], self._sessions[route] = route, session
+        return True
 
     def _offence(self, route: Route, error: ProtocolError) -> None:
         self._protocol_errors += 1
@@ -411,11 +591,37 @@ class Exchange(Generic[Route]):
             self._offences.popitem(last=False)
         self._sends.append((route, self._frame(Violation(reason=str(error)))))
 
+    # --- blobs ---
+
+    def _blob(self, now: float, session: str, message: BlobPut | BlobGet) -> None:
+        """Asking again is harmless: no answer is remembered."""
+        if not self._core.heard(now, session, message.id):
+            self._apply([Send(session, HelloNeeded())])
+            return
+        answer: BrokerMessage
+        try:
+            if self._blobs is None:
+                raise NotDeliveredError("the blob store: this broker has none")
+            if isinstance(message, BlobGet):
+                limit = 0 if self._does_not_read(session) else message.limit
+                limit = min(limit, MAX_PARTS_BYTES - self._parts_bytes.get(session, 0))
+                total, chunk = self._blobs.read(message.digest, message.offset, limit)
+                self._parts_bytes[session] = self._parts_bytes.get(session, 0) + len(chunk)
+                answer = BlobPart(id=message.id, total=total, chunk=chunk)
+            else:
+                if (full := self.refuse_new or self._refuse_changes) is not None:
+                    raise StoreFullError(full)
+                size = self._blobs.put(now, session, message.digest, message.offset, message.total, message.chunk)
+                answer = BlobHeld(id=message.id, size=size)
+        except PrunusError as error:
+            answer = Refused(id=message.id, failure=outcome_of(error))
+        self._apply([Send(session, answer)])
+
     # --- calls ---
 
     def _call(self, now: float, session: str, call: Call) -> None:
         """All requests, then the acknowledgements (so that they free their keys), then the new tasks; or nothing."""
-        if not self._core.heard(now, session):
+        if not self._core.heard(now, session, call.id):
             self._apply([Send(session, HelloNeeded())])
             return
         if (said := self._core.known_answer(session, call.id)) is not None:
@@ -426,7 +632,13 @@ class Exchange(Generic[Route]):
         self._connection.execute("SAVEPOINT call")
         changes = self._connection.total_changes
         try:
-            served = [self._execute(request, session) for request in call.requests]
+            role = self._principals[session].role
+            if not all(self._core.holds(session, task_id, epoch) for task_id, epoch in call.holding):
+                raise TaskRejectedError("you do not hold the task of this call any more")
+            served = [self._execute(request, session, role) for request in call.requests]
+            for one in served:
+                if one.begins is not None:
+                    self._core.check_room(one.begins.queue, one.begins.needs)
             frame = encode(CallDone(id=call.id, answers=tuple(one.answer for one in served)))
             if self._refuse_changes is not None and (call.acks or self._connection.total_changes != changes):
                 raise StoreFullError(self._refuse_changes)
@@ -451,18 +663,34 @@ class Exchange(Generic[Route]):
         self._apply(self._core.answer(session, call.id, frame))
         for task_id, epoch in call.acks:
             self._apply(self._core.settle(session, task_id, epoch))
-        self._put(tasks)
+        self._put(tasks)  # only then are places given away that these acknowledgements freed: a child goes first
         for one in served:
             for news in one.broadcasts:
                 self._apply(self._core.broadcast(news.body, news.sender, news.subject))
 
-    def _execute(self, request: bytes, session: str) -> Served:
+    def _execute(self, request: bytes, session: str, role: Role) -> Served:
         if self._service is None:
             raise NotDeliveredError("the service: this broker has none")
-        return self._service.execute(request, session)
+        return self._service.execute(request, session, role)
 
     def _put(self, tasks: Iterable[NewTask]) -> None:
         for task in tasks:
+            if task.needs:
+                self._warn_of(task)
             self._made += 1
-            task_id = f"{self._core.broker_epoch:x}-{self._made:x}"
-            self._apply(self._core.put(task_id, task.queue, task.key, task.body, task.priority))
+            task_id = f"{OWN_TASKS}{self._core.broker_epoch:x}-{self._made:x}"
+            self._apply(
+                self._core.put(
+                    task_id, task.queue, task.key, task.body, task.priority, depth=task.depth, needs=task.needs
+                )
+            )
+        self._apply(self._core.dispatch())
+
+    def _warn_of(self, task: NewTask) -> None:
+        """It is put in any case, but somebody should know that nobody will get it."""
+        try:
+            self._core.check_needs(task.needs)
+        except UnknownResourceError as error:
+            if error.resource not in self._unknown and len(self._unknown) < MAX_UNKNOWN:
+                self._unknown.add(error.resource)
+                logger.warning("a task waits: %s", error, extra={"queue": task.queue, "key": task.key})

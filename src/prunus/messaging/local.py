@@ -14,15 +14,21 @@ played; only sockets and processes are missing.
 from __future__ import annotations
 
 import asyncio
+import secrets
+import shutil
 import sqlite3
-import time
+import tempfile
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 from prunus.errors import CommunicatorClosedError
+from prunus.messaging.blobs import BlobStore
+from prunus.messaging.communicator import CONNECT_TIMEOUT_S
 from prunus.messaging.exchange import Exchange, NewTask, Service
+from prunus.messaging.handover import running_loop
+from prunus.messaging.liveness import boottime
 from prunus.messaging.peer import PeerCommunicator
-
-CONNECT_TIMEOUT_S = 5.0
 
 
 class LocalBroker:
@@ -33,12 +39,16 @@ class LocalBroker:
         connection: sqlite3.Connection | None = None,
         service: Service | None = None,
         failpoint: Callable[[str], None] = lambda name: None,
+        blobs: Path | None = None,
     ) -> None:
-        """Without a `connection` everything is kept in memory."""
+        """Without a `connection` everything is kept in memory, but blobs: they are files in the folder `blobs`, or
+        without one in a temporary folder."""
         self._own = connection is None
         self._connection = connection or sqlite3.connect(":memory:", isolation_level=None)
         self._service = service
         self._failpoint = failpoint
+        self._blobs = blobs or Path(tempfile.gettempdir(), f"prunus-{secrets.token_hex(16)}")
+        self._remove_blobs = None if blobs else weakref.finalize(self, shutil.rmtree, self._blobs, ignore_errors=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._peers: dict[int, LocalCommunicator] = {}
         self._inbox: list[tuple[int, bytes]] = []
@@ -61,11 +71,12 @@ class LocalBroker:
 
     def put(self, *tasks: NewTask) -> None:
         """Store tasks of the broker's own making."""
-        self._deliver(self.exchange.put(time.monotonic(), tasks))
+        self._deliver(self.exchange.put(boottime(), tasks))
 
     def tick(self) -> None:
         """Look at the clocks now. Else it happens in time, or within a second if that of the service jumps."""
-        self._deliver(self.exchange.tick(time.monotonic()))
+        self._deliver(self.exchange.tick(boottime()))
+        self.exchange.sweep_blobs(boottime())
 
     def restart(self) -> None:
         """As after a SIGKILL of the broker: what was not committed is gone, and every connection breaks."""
@@ -90,7 +101,7 @@ class LocalBroker:
 
     def expire(self, session: str) -> None:
         """As when its lease ran out: a peer that may live is taken for dead."""
-        self._deliver(self.exchange.expire(time.monotonic(), [session]))
+        self._deliver(self.exchange.expire(boottime(), [session]))
 
     def close(self) -> None:
         """Peers that are still connected find nobody any more. Idempotent."""
@@ -100,6 +111,8 @@ class LocalBroker:
         self._peers.clear()
         if self._own:
             self._connection.close()
+        if self._remove_blobs is not None:
+            self._remove_blobs()
 
     # --- for the communicators, in the loop ---
 
@@ -125,20 +138,22 @@ class LocalBroker:
     # --- inside ---
 
     def _start(self) -> Exchange[int]:
-        return Exchange(self._connection, service=self._service, now=time.monotonic(), failpoint=self._failpoint)
+        now = boottime()
+        blobs = BlobStore(self._blobs, now)
+        return Exchange(self._connection, service=self._service, blobs=blobs, now=now, failpoint=self._failpoint)
 
     def _work(self) -> None:
         self._scheduled = False
         if self._closed:
             return
         frames, self._inbox = self._inbox, []
-        self._deliver(self.exchange.process(time.monotonic(), frames))
+        self._deliver(self.exchange.process(boottime(), frames))
 
     def _tick(self) -> None:
         if self._closed or self._loop is None:
             return
         self.tick()
-        self._timer = self._loop.call_later(max(0.0, self.exchange.due() - time.monotonic()), self._tick)
+        self._timer = self._loop.call_later(max(0.0, self.exchange.due() - boottime()), self._tick)
 
     def _deliver(self, sends: list[tuple[int, bytes]]) -> None:
         for route, frame in sends:
@@ -148,7 +163,7 @@ class LocalBroker:
             self.exchange.failpoint("after_send")
         if self._timer is not None and self._loop is not None and self.exchange.due() < self._timer.when():
             self._timer.cancel()
-            self._timer = self._loop.call_later(max(0.0, self.exchange.due() - time.monotonic()), self._tick)
+            self._timer = self._loop.call_later(max(0.0, self.exchange.due() - boottime()), self._tick)
 
 
 class LocalCommunicator(PeerCommunicator):
@@ -163,7 +178,7 @@ class LocalCommunicator(PeerCommunicator):
         self._awake = False
         self._break: str | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._core.connect(time.monotonic())
+        self._core.connect(boottime())
         self._wake()
 
     def receive(self, frame: bytes) -> None:
@@ -187,14 +202,15 @@ class LocalCommunicator(PeerCommunicator):
             return False
         if not self._awake:
             self._awake = True
-            self._loop.call_soon_threadsafe(self._pump)
+            here = running_loop() is self._loop
+            (self._loop.call_soon if here else self._loop.call_soon_threadsafe)(self._pump)
         return True
 
     def _pump(self) -> None:
         self._awake = False
         frames, self._frames = self._frames, []
         broken, self._break = self._break, None
-        broken = self._step(time.monotonic(), frames) or broken
+        broken = self._step(boottime(), frames) or broken
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -203,7 +219,7 @@ class LocalCommunicator(PeerCommunicator):
             return
         if broken is not None:
             self._route = self._broker.open_route(self)
-            self._core.connect(time.monotonic())
+            self._core.connect(boottime())
         for frame in self._core.take():
             self._broker.receive(self._route, frame)
-        self._timer = self._loop.call_later(max(0.0, self._due() - time.monotonic()), self._wake)
+        self._timer = self._loop.call_later(max(0.0, self._due() - boottime()), self._wake)

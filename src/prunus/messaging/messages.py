@@ -13,12 +13,13 @@ Rules
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
 from prunus.errors import Failure, MessageTooLargeError, ProtocolError
 from prunus.messaging.communicator import DEFAULT_QUEUE, MAX_BODY_BYTES
+from prunus.messaging.inventory import MAX_LISTED, QueueLimits, Statistics, TaskInfo, TaskPlace
 
 PROTOCOL = 1
 """The version of the language; both sides must speak the same one."""
@@ -30,13 +31,26 @@ FORWARD_BYTES = 64 * 1024
 """What the broker passes on may be this much larger than what it got: it says who asked."""
 MAX_NAME_CHARS = 1024
 """The longest session, queue, key, identifier, sender or subject."""
+CHUNK_BYTES = 1024 * 1024
+"""A blob travels in pieces of up to this."""
 MAX_PRIORITY = 9
+MAX_CREDIT = 1_000_000
+"""Tasks of one queue that a session may hold at once."""
 
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
 Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 SessionName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_.:-]{1,200}\Z")]
+Credit = Annotated[int, msgspec.Meta(ge=0, le=MAX_CREDIT)]
 Priority = Annotated[int, msgspec.Meta(ge=0, le=MAX_PRIORITY)]
+LEASE_S = 15.0
+"""A session of which nothing was heard for so long is gone, unless its broker was told otherwise."""
+
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+Moment = Annotated[float, msgspec.Meta(ge=0.0, le=1e11)]
+"""Wall-clock time, in seconds since 1970."""
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+"""The SHA-256 of a blob, which is its name."""
+Chunk = Annotated[bytes, msgspec.Meta(max_length=CHUNK_BYTES)]
 Outcome = bytes | Failure | None
 """What a handler made of a message: a result, an error, or nothing to say."""
 
@@ -76,22 +90,32 @@ class Hello(_FromClient, frozen=True, tag=1):
     """(task, epoch) of each task in hand."""
     awaited: tuple[Name, ...] = ()
     """Tasks whose result I wait for."""
-    queues: tuple[tuple[Name, Number], ...] = ()
-    """(queue, credit)"""
+    queues: tuple[tuple[Name, Credit], ...] = ()
+    """(queue, credit) of each task subscription that takes every subject."""
     identifiers: tuple[tuple[Name, Number], ...] = ()
-    """(identifier, the broker epoch under which it was first mine, or 0)"""
+    """(identifier, the `Done.since` with which it became mine, or 0)"""
     patterns: tuple[tuple[Number, Name | None, Name | None], ...] = ()
     """(subscription, sender, subject) of each broadcast subscription."""
     seen: Number = 0
     """All my requests below this id are answered."""
     expected: tuple[Name, ...] = ()
     """Tasks that I may have sent and whose result I shall wait for; I shall send them again."""
+    filtered: tuple[tuple[Name, Name, Credit], ...] = ()
+    """(queue, subject pattern, credit) of each other task subscription."""
+    secret: Name = ""
+    """Known to this session and the broker alone: nobody else can speak as this session."""
+    shared: tuple[tuple[Name, Name | None], ...] = ()
+    """(queue, subject pattern) of each task subscription that is shared."""
+    epoch: Number = 0
+    """The `broker_epoch` of my last `Welcome`; 0: there was none."""
 
 
 class Heartbeat(_FromClient, frozen=True, tag=2):
     """I live; answered by `Alive`."""
 
     seen: Number = 0
+    round_trip_s: Seconds = 0.0
+    """How long the last `Heartbeat` took to its `Alive`; 0: unknown."""
 
 
 class Goodbye(_FromClient, frozen=True, tag=3):
@@ -110,19 +134,40 @@ class TaskSend(_FromClient, frozen=True, tag=4):
     key: Name | None = None
     priority: Priority = 0
     want_result: bool = False
+    subject: Name | None = None
+    """What it is about: subscribers may ask for some subjects only."""
+    replace: bool = False
+    """Take the place of a pending task with the same key; else that one stands and this one is superfluous."""
+    not_before: Moment = 0.0
+    """Not to be delivered before this wall-clock time (seconds since 1970); 0: at once."""
+    expires_at: Moment = 0.0
+    """Dead, if it is still pending at this wall-clock time; 0: never."""
+    max_attempts: Number = 0
+    """Dead after so many deliveries that came to nothing; 0: no limit."""
+    resources: tuple[tuple[Name, Number], ...] = ()
+    """(resource, tokens) that are taken while it is held."""
+    blob: Digest | None = None
+    """Its body is this blob, which is there already; `body` is empty."""
 
 
 class TaskSubscribe(_FromClient, frozen=True, tag=5):
-    """Let me hold up to `credit` tasks of `queue` (0: take nothing new)."""
+    """Let me hold up to `credit` tasks of `queue` whose subject matches (0: take nothing new).
+
+    A session has one subscription for each (queue, subject pattern); said again it changes the credit.
+    """
 
     id: Number
     queue: Name
-    credit: Number
+    credit: Credit
+    subject: Name | None = None
+    shared: bool = False
+    """Tasks that I hold by any of my shared subscriptions count against the credit of each of them."""
 
 
 class TaskUnsubscribe(_FromClient, frozen=True, tag=6):
     id: Number
     queue: Name
+    subject: Name | None = None
 
 
 class TaskAck(_FromClient, frozen=True, tag=7):
@@ -140,6 +185,10 @@ class TaskNack(_FromClient, frozen=True, tag=8):
     id: Number
     task: Name
     epoch: Number
+    reason: str = ""
+    """Why; kept as the reason if this was its last attempt."""
+    attempted: bool = True
+    """False: nobody tried it (the receiver had no room, or leaves); this delivery does not count."""
 
 
 class ResultSeen(_FromClient, frozen=True, tag=9):
@@ -202,6 +251,79 @@ class Call(_FromClient, frozen=True, tag=17):
     id: Number
     requests: tuple[bytes, ...]
     acks: tuple[tuple[Name, Number], ...] = ()
+    holding: tuple[tuple[Name, Number], ...] = ()
+    """Do nothing unless I hold these tasks, each under this epoch, when it comes to that."""
+
+
+class TaskList(_FromClient, frozen=True, tag=18):
+    """Which tasks are there? Oldest first; answered by `TasksListed`."""
+
+    id: Number
+    queue: Name | None = None
+    place: TaskPlace | None = None
+    task: Name | None = None
+    key: Name | None = None
+    after: Number = 0
+    """Only those with a greater `order` (the last one of the page before)."""
+    limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_LISTED)] = 100
+    bodies: bool = False
+    """With their bodies, as many as fit into a frame."""
+
+
+class TaskEdit(_FromClient, frozen=True, tag=19):
+    """Do something to tasks that nobody holds; answered by `Edited`. Those that are named, or all of a queue and place.
+
+    ``requeue``: offer it again at once, as if it were new (dead and delayed ones). ``bury``: to the dead letters.
+    ``delete``: forget it; whoever waits for its result gets `TaskDeletedError`.
+    """
+
+    id: Number
+    action: Literal["requeue", "bury", "delete"]
+    tasks: tuple[Name, ...] = ()
+    queue: Name | None = None
+    place: TaskPlace | None = None
+
+
+class QueueConfigure(_FromClient, frozen=True, tag=20):
+    """Set the limits of a queue (all of them; None: no limit), for now and after a restart; answered by `Done`."""
+
+    id: Number
+    queue: Name
+    limits: QueueLimits
+
+
+class ResourceConfigure(_FromClient, frozen=True, tag=21):
+    """There are so many tokens of this resource (None: no new task may ask for it any more); answered by `Done`."""
+
+    id: Number
+    resource: Name
+    capacity: Number | None
+
+
+class StatisticsAsk(_FromClient, frozen=True, tag=22):
+    """How is the broker? Answered by `StatisticsTold`."""
+
+    id: Number
+
+
+class BlobPut(_FromClient, frozen=True, tag=23):
+    """A piece of a blob of `total` bytes; answered by `BlobHeld`. Pieces come in order, from offset 0 on; an empty one
+    asks how much is there already."""
+
+    id: Number
+    digest: Digest
+    offset: Number
+    total: Number
+    chunk: Chunk
+
+
+class BlobGet(_FromClient, frozen=True, tag=24):
+    """Give me up to `limit` bytes of a blob; answered by `BlobPart`."""
+
+    id: Number
+    digest: Digest
+    offset: Number
+    limit: Annotated[int, msgspec.Meta(ge=1, le=CHUNK_BYTES)]
 
 
 ClientMessage = (
@@ -222,6 +344,13 @@ ClientMessage = (
     | BroadcastUnsubscribe
     | BroadcastSend
     | Call
+    | TaskList
+    | TaskEdit
+    | QueueConfigure
+    | ResourceConfigure
+    | StatisticsAsk
+    | BlobPut
+    | BlobGet
 )
 Request = (
     Goodbye
@@ -237,6 +366,13 @@ Request = (
     | BroadcastUnsubscribe
     | BroadcastSend
     | Call
+    | TaskList
+    | TaskEdit
+    | QueueConfigure
+    | ResourceConfigure
+    | StatisticsAsk
+    | BlobPut
+    | BlobGet
 )
 """The messages with an `id`, which are said again until they are answered."""
 
@@ -250,6 +386,10 @@ class Welcome(_FromBroker, frozen=True, tag=1):
     broker_epoch: Number
     lost: tuple[Name, ...] = ()
     taken: tuple[Name, ...] = ()
+    since: Number = 0
+    """If not 0: your identifiers may have been somebody else's meanwhile, and are yours since then."""
+    lease_s: Seconds = LEASE_S
+    """Who shows no life for longer is taken for dead."""
 
 
 class HelloNeeded(_FromBroker, frozen=True, tag=2):
@@ -265,6 +405,8 @@ class Done(_FromBroker, frozen=True, tag=4):
 
     id: Number
     stale: bool = False
+    since: Number = 0
+    """Of an `RpcSubscribe`: what to say of the identifier in each `Hello`."""
 
 
 class Refused(_FromBroker, frozen=True, tag=5):
@@ -300,6 +442,11 @@ class TaskDelivery(_FromBroker, frozen=True, tag=9):
     body: bytes
     epoch: Number
     attempt: Number
+    subject: Name | None = None
+    pattern: Name | None = None
+    """The subject pattern of the subscription whose credit it takes."""
+    blob: Digest | None = None
+    """Its body is this blob: get it."""
 
 
 class TaskResult(_FromBroker, frozen=True, tag=10):
@@ -330,6 +477,48 @@ class Violation(_FromBroker, frozen=True, tag=13):
     reason: str
 
 
+class TasksListed(_FromBroker, frozen=True, tag=14):
+    """`more`: there are others; ask again with ``after`` the order of the last one."""
+
+    id: Number
+    tasks: tuple[TaskInfo, ...]
+    more: bool
+
+
+class Edited(_FromBroker, frozen=True, tag=15):
+    """So many tasks were changed. `held`: so many were not, because somebody works on them."""
+
+    id: Number
+    changed: Number
+    held: Number = 0
+
+
+class StatisticsTold(_FromBroker, frozen=True, tag=16):
+    id: Number
+    statistics: Statistics
+
+
+class Missed(_FromBroker, frozen=True, tag=17):
+    """You read too slowly: so many broadcasts for you were dropped since the last one that you got."""
+
+    count: Number
+
+
+class BlobHeld(_FromBroker, frozen=True, tag=18):
+    """So many bytes of the blob are here, from the first one on: go on from there. If it is all, they are durable."""
+
+    id: Number
+    size: Number
+
+
+class BlobPart(_FromBroker, frozen=True, tag=19):
+    """Bytes of a blob that has `total`; fewer than asked for at its end, or if that is enough for now."""
+
+    id: Number
+    total: Number
+    chunk: Chunk
+
+
 BrokerMessage = (
     Welcome
     | HelloNeeded
@@ -344,6 +533,12 @@ BrokerMessage = (
     | RpcDelivery
     | BroadcastDelivery
     | Violation
+    | TasksListed
+    | Edited
+    | StatisticsTold
+    | Missed
+    | BlobHeld
+    | BlobPart
 )
 
 # --- bytes ------------------------------------------------------------------------------------------
@@ -351,12 +546,12 @@ BrokerMessage = (
 
 def encode(message: ClientMessage | BrokerMessage) -> bytes:
     """The frame of a message. Raises `MessageTooLargeError`."""
-    buffer = bytearray(_HEADER)
-    _encoder.encode_into(message, buffer, len(_HEADER))
-    limit = MAX_FRAME_BYTES if isinstance(message, _FromClient) else MAX_FRAME_BYTES + FORWARD_BYTES
-    if len(buffer) > limit:
-        raise MessageTooLargeError(len(buffer), limit)
-    return bytes(buffer)
+    frame = _HEADER + _encoder.encode(message)
+    if len(frame) > MAX_FRAME_BYTES:
+        limit = MAX_FRAME_BYTES if isinstance(message, _FromClient) else MAX_FRAME_BYTES + FORWARD_BYTES
+        if len(frame) > limit:
+            raise MessageTooLargeError(len(frame), limit)
+    return frame
 
 
 def decode_from_client(frame: bytes) -> ClientMessage:
@@ -375,7 +570,12 @@ def outcome_of(error: BaseException) -> Failure:
     try:
         return failure if len(_encoder.encode(failure)) < MAX_FRAME_BYTES // 4 else Failure(failure.type, "(too large)")
     except (TypeError, ValueError, OverflowError, RecursionError):
-        return Failure(failure.type, failure.message, failure.traceback)
+        return Failure(failure.type, speakable(failure.message), speakable(failure.traceback))
+
+
+def speakable(text: str) -> str:
+    """`text` without what UTF-8 can't say, as in the name of a file that was written in another encoding."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 _HEADER = bytes((MAGIC, PROTOCOL))

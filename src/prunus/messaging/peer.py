@@ -1,13 +1,12 @@
 """`Communicator` over a `ClientCore`: everything that does not depend on how frames travel.
 
 There are two sides. The **users' side** is the public methods, in any event loop: each posts a command and awaits a
-future of its own loop. The **core's side** is `_step`, run by whoever moves the frames (a thread, see `threaded`, or
-the broker's loop, see `local`): it alone touches the core and the tables of subscriptions, so nothing needs a lock.
-Commands are carried out in the order in which they were posted: a subscription and the question that follows it go
-out in that order without waiting for each other.
+future of its own loop. The **core's side** is `_step`, run by whoever moves the frames (see `threaded` and `local`),
+one at a time: it alone touches the core and the tables of subscriptions, so nothing in here needs a lock. Commands are
+carried out in the order in which they were posted: a subscription and the question that follows it go out in that order
+without waiting for each other.
 
-Handlers run in the loop of their subscriber. Each ends in exactly one answer: its result, its exception or its
-cancellation.
+What comes for handlers is in `deliveries`, how it crosses to their loops and back in `handover`.
 """
 
 from __future__ import annotations
@@ -20,29 +19,28 @@ import os
 import secrets
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from concurrent.futures import CancelledError as FutureCancelledError
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, assert_never
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeVar, assert_never, get_args
 
 import msgspec
 
 from prunus.errors import (
-    BusyError,
+    BlobNotFoundError,
     CommunicatorClosedError,
     ConnectionLostError,
-    DuplicateSubscriberError,
     Failure,
     ForkedProcessError,
     MessageTooLargeError,
     ProtocolError,
     PrunusError,
     TaskRejectedError,
-    UnroutableError,
 )
-from prunus.messaging.broker import matcher
+from prunus.messaging.blobs import is_digest
 from prunus.messaging.client import (
     Answered,
     ClientCore,
@@ -58,51 +56,79 @@ from prunus.messaging.communicator import (
     DEFAULT_QUEUE,
     MAX_BODY_BYTES,
     RPC_TIMEOUT_S,
+    BlobRef,
     BroadcastHandler,
     IncomingTask,
     RpcHandler,
     TaskHandler,
 )
+from prunus.messaging.deliveries import (
+    NO_BODY,
+    BaseSubscription,
+    BroadcastSubscription,
+    Deliveries,
+    NothingToDoError,
+    Pull,
+    PulledTask,
+    RpcSubscription,
+    TaskSubscription,
+    as_reason,
+    nothing,
+)
+from prunus.messaging.handover import Callback, Handover, Job, Jobs, Waiter, serving
+from prunus.messaging.inventory import MAX_LISTED, QueueLimits, Statistics, TaskInfo, TaskPlace
 from prunus.messaging.liveness import this_peer
 from prunus.messaging.messages import (
+    CHUNK_BYTES,
     MAX_NAME_CHARS,
     MAX_PRIORITY,
+    BlobGet,
+    BlobHeld,
+    BlobPart,
+    BlobPut,
     BroadcastDelivery,
     BroadcastSend,
-    BroadcastSubscribe,
-    BroadcastUnsubscribe,
     Call,
     CallDone,
+    Edited,
     Goodbye,
+    Missed,
     Outcome,
+    QueueConfigure,
     Request,
+    ResourceConfigure,
     RpcDelivery,
     RpcDone,
     RpcRequest,
-    RpcSubscribe,
-    RpcUnsubscribe,
+    StatisticsAsk,
+    StatisticsTold,
     TaskAck,
     TaskDelivery,
+    TaskEdit,
+    TaskList,
     TaskNack,
     TaskResult,
     TaskSend,
+    TasksListed,
     TaskStored,
-    TaskSubscribe,
-    TaskUnsubscribe,
     Violation,
     outcome_of,
+    speakable,
 )
+from prunus.messaging.transfers import download_bytes, download_file, upload
 
 CLOSE_TIMEOUT_S = 2.0
 """How long `close` waits for the broker to hear it; a broker that does not will find out by itself."""
-MAX_QUESTIONS_IN_HAND = 1000
-"""Questions that handlers of one communicator work on; more are answered with `BusyError`."""
-MAX_BROADCASTS_IN_HAND = 10_000
-"""Broadcasts that wait for the handlers of one communicator; more are dropped, and told as a reconnection."""
+LAST_CALL_S = 0.2
+"""How long it waits for a connection that is just being made anew, so as not to be taken for somebody who is there."""
+MAX_TIMEOUT_S = 1e9
+"""The longest time-out of a question, some thirty years."""
+LOOK_FOR_CLOSED_LOOPS_S = 2.0
+"""How often handlers are looked for whose loop was closed."""
 
 logger = logging.getLogger(__name__)
+S = TypeVar("S", bound=BaseSubscription)
 T = TypeVar("T")
-S = TypeVar("S", bound="_Subscription")
 Command = Callable[[float], None]
 
 
@@ -112,26 +138,27 @@ class PeerCommunicator(ABC):
     def __init__(self, endpoint: str, name: str = "peer") -> None:
         self.endpoint = endpoint
         self._session = f"{name}-{secrets.token_hex(16)}"
+        self._prefix = secrets.token_hex(10)
+        """What the ids of its tasks begin with: nobody else's do."""
         self._os_pid = os.getpid()
         self._closing = False
         self._commands: deque[Command] = deque()
-        self._closers: list[_Waiter] = []
+        self._closers: list[Waiter] = []
+        self._numbers = itertools.count(1)
         # From here on: the core's side only.
-        self._core = ClientCore(self._session, this_peer())
+        self._core = ClientCore(self._session, this_peer(), secret=secrets.token_hex(16))
+        self._handover = Handover()
+        self._jobs = Jobs(self._handover, self._wake)
+        self._deliveries = Deliveries(self._core, self._jobs, self._handover)
         self._finished = False
         self._goodbye: int | None = None
         self._finish_at: float | None = None
-        self._waiters: dict[int, tuple[_Waiter, Callable[[Any], Any]]] = {}
-        self._up_waiters: list[_Waiter] = []
+        self._closing_jobs: list[Job] = []
+        """The handlers that close us: they are not cancelled by that."""
+        self._look_at = 0.0
+        self._waiters: dict[int, _Asked] = {}
+        self._up_waiters: list[Waiter] = []
         self._results: dict[str, Future[Outcome]] = {}
-        self._tasks: dict[str, list[_TaskSubscription]] = {}
-        self._rpcs: dict[str, _RpcSubscription] = {}
-        self._broadcasts: dict[int, _BroadcastSubscription] = {}
-        self._numbers = itertools.count(1)
-        self._callbacks: dict[int, tuple[asyncio.AbstractEventLoop, Callable[[], None]]] = {}
-        self._in_hand: dict[_Job, Future[Any]] = {}
-        self._questions_in_hand = self._broadcasts_in_hand = 0
-        self._overflowed = False
 
     # --- for users: see the protocol ---
 
@@ -147,87 +174,192 @@ class PeerCommunicator(ABC):
         key: str | None = None,
         priority: int = 0,
         want_result: bool = False,
+        subject: str | None = None,
+        if_pending: Literal["join", "replace"] = "join",
+        not_before: datetime | None = None,
+        expires_at: datetime | None = None,
+        max_attempts: int = 0,
+        resources: Mapping[str, int] | None = None,
     ) -> Receipt:
-        _check_names(queue, key)
-        if not 0 <= priority <= MAX_PRIORITY:
+        _check_names(queue, key, subject)
+        if not isinstance(priority, int) or not 0 <= priority <= MAX_PRIORITY:
             raise ValueError(f"a priority is from 0 to {MAX_PRIORITY}, not {priority}")
-        task, body = secrets.token_hex(16), _checked_body(body)
+        if if_pending not in ("join", "replace"):
+            raise ValueError(f"if_pending is 'join' or 'replace', not {if_pending!r}")
+        _check_number("max_attempts", max_attempts)
+        tokens = _checked_resources(resources) if resources else ()
+        start, end = _wall_clock("not_before", not_before), _wall_clock("expires_at", expires_at)
+        task, body = f"{self._prefix}-{next(self._numbers):x}", _as_bytes(body)
+        in_message, blob = (body, None) if len(body) <= MAX_BODY_BYTES else (b"", await self.blob_put(body))
 
-        def receipt(answer: TaskStored) -> Receipt:
-            result = self._results.setdefault(answer.task, Future()) if want_result else None
-            return Receipt(answer.task, answer.stored, result)
+        def make(id: int) -> TaskSend:
+            return TaskSend(
+                id=id,
+                task=task,
+                body=in_message,
+                queue=queue,
+                key=key,
+                priority=priority,
+                want_result=bool(want_result),
+                subject=subject,
+                replace=if_pending == "replace",
+                not_before=start,
+                expires_at=end,
+                max_attempts=max_attempts,
+                resources=tokens,
+                blob=None if blob is None else blob.digest,
+            )
 
-        return await self._request(
-            lambda id: TaskSend(
-                id=id, task=task, body=body, queue=queue, key=key, priority=priority, want_result=want_result
-            ),
-            receipt,
-        )
+        convert = self._awaited_receipt if want_result else _receipt
+        try:
+            return await self._request(make, convert)
+        except BlobNotFoundError:  # it came so late that the blob was forgotten
+            await self.blob_put(body)
+            return await self._request(make, convert)
 
     async def rpc_send(self, recipient: str, body: bytes, *, timeout_s: float = RPC_TIMEOUT_S) -> bytes:
         _check_names(recipient)
+        if not 0 <= timeout_s <= MAX_TIMEOUT_S:
+            raise ValueError(f"a time-out is from 0 to {MAX_TIMEOUT_S:g} seconds, not {timeout_s!r:.100}")
         body = _checked_body(body)
-        outcome: Outcome = await self._request(
+        outcome = await self._request(
             lambda id: RpcRequest(id=id, recipient=recipient, body=body, timeout_s=timeout_s),
             _outcome,
-            timeout_s=timeout_s,
+            timeout_s,
         )
         return result_or_raise(outcome)
 
     async def broadcast_send(self, body: bytes, *, sender: str | None = None, subject: str | None = None) -> None:
         _check_names(sender, subject)
         body = _checked_body(body)
-        await self._request(lambda id: BroadcastSend(id=id, body=body, sender=sender, subject=subject), _nothing)
-
-    async def call(self, requests: Sequence[bytes], *, acks: Sequence[IncomingTask] = ()) -> list[bytes]:
-        bodies = tuple(_checked_body(request) for request in requests)
-        settled = tuple((task.id, task.epoch) for task in acks)
-        return await self._request(lambda id: Call(id=id, requests=bodies, acks=settled), _answers)
+        await self._request(lambda id: BroadcastSend(id=id, body=body, sender=sender, subject=subject), nothing)
 
     async def add_task_subscriber(
-        self, handler: TaskHandler, *, queue: str = DEFAULT_QUEUE, credit: int = 1
-    ) -> _TaskSubscription:
-        _check_names(queue)
-        subscription = _TaskSubscription(self, queue, handler, _checked_credit(credit))
+        self,
+        handler: TaskHandler,
+        *,
+        queue: str = DEFAULT_QUEUE,
+        credit: int = 1,
+        subject: str | None = None,
+        shared: bool = False,
+    ) -> TaskSubscription:
+        _check_names(queue, subject)
+        _check_number("credit", credit)
+        return await self._subscribe(TaskSubscription(self, handler, queue, subject, credit, bool(shared)))
 
-        def add(id: int) -> Request:
-            self._tasks.setdefault(queue, []).append(subscription)
-            return self._credit_request(id, queue)
+    async def next_task(
+        self, *, queue: str = DEFAULT_QUEUE, subject: str | None = None, timeout_s: float | None = None
+    ) -> Taken:
+        _check_names(queue, subject)
+        pull = Pull(self, queue, subject)
+        try:
+            await self._subscribe(pull)
+            await asyncio.wait([pull.waiter.future], timeout=timeout_s)
+            if not pull.waiter.future.done():
+                await self._request(pull.withdraw, pull.withdrawn)
+            if not pull.waiter.future.done():
+                raise TimeoutError(f"no task came from the queue {queue!r} within {timeout_s:g} s")
+            return await self._fetched(pull.waiter.future.result())
+        except BaseException:
+            pull.waiter.future.cancel()
+            with contextlib.suppress(PrunusError):
+                self._post(pull.abandon)
+            raise
 
-        return await self._subscribe(subscription, add)
-
-    async def add_rpc_subscriber(self, handler: RpcHandler, identifier: str) -> _RpcSubscription:
+    async def add_rpc_subscriber(self, handler: RpcHandler, identifier: str) -> RpcSubscription:
         _check_names(identifier)
-        subscription = _RpcSubscription(self, identifier, handler)
-
-        def add(id: int) -> Request:
-            if identifier in self._rpcs:
-                raise DuplicateSubscriberError(identifier)
-            self._rpcs[identifier] = subscription
-            return RpcSubscribe(id=id, identifier=identifier)
-
-        return await self._subscribe(subscription, add)
+        return await self._subscribe(RpcSubscription(self, handler, identifier))
 
     async def add_broadcast_subscriber(
-        self, handler: BroadcastHandler, *, sender: str | None = None, subject: str | None = None
-    ) -> _BroadcastSubscription:
+        self,
+        handler: BroadcastHandler,
+        *,
+        sender: str | None = None,
+        subject: str | None = None,
+        on_missed: Callable[[int], None] | None = None,
+    ) -> BroadcastSubscription:
         _check_names(sender, subject)
         number = next(self._numbers)
-        subscription = _BroadcastSubscription(self, number, handler, sender, subject)
+        return await self._subscribe(BroadcastSubscription(self, number, handler, (sender, subject), on_missed))
 
-        def add(id: int) -> Request:
-            self._broadcasts[number] = subscription
-            return BroadcastSubscribe(id=id, subscription=number, sender=sender, subject=subject)
+    async def tasks(
+        self,
+        queue: str | None = None,
+        *,
+        place: TaskPlace | None = None,
+        task: str | None = None,
+        key: str | None = None,
+        after: int = 0,
+        limit: int = 100,
+        bodies: bool = False,
+    ) -> list[TaskInfo]:
+        _check_names(queue, task, key)
+        _check_place(place)
+        _check_number("after", after)
+        if not isinstance(limit, int) or not 1 <= limit <= MAX_LISTED:
+            raise ValueError(f"a page has from 1 to {MAX_LISTED} tasks, not {limit}; ask for the next with `after`")
 
-        return await self._subscribe(subscription, add)
+        def make(id: int) -> TaskList:
+            return TaskList(
+                id=id, queue=queue, place=place, task=task, key=key, after=after, limit=limit, bodies=bool(bodies)
+            )
+
+        return await self._request(make, _listed)
+
+    async def requeue(self, *tasks: str, queue: str | None = None, place: TaskPlace | None = None) -> int:
+        return await self._edit("requeue", tasks, queue, place)
+
+    async def bury(self, *tasks: str, queue: str | None = None, place: TaskPlace | None = None) -> int:
+        return await self._edit("bury", tasks, queue, place)
+
+    async def delete(self, *tasks: str, queue: str | None = None, place: TaskPlace | None = None) -> int:
+        return await self._edit("delete", tasks, queue, place)
+
+    async def purge(self, queue: str) -> int:
+        return await self._edit("delete", (), queue, None)
+
+    async def configure_queue(self, queue: str, limits: QueueLimits) -> None:
+        _check_names(queue)
+        _check_limits(limits)
+        await self._request(lambda id: QueueConfigure(id=id, queue=queue, limits=limits), nothing)
+
+    async def configure_resource(self, resource: str, capacity: int | None) -> None:
+        _check_names(resource)
+        if capacity is not None:
+            _check_number("capacity", capacity)
+        await self._request(lambda id: ResourceConfigure(id=id, resource=resource, capacity=capacity), nothing)
+
+    async def statistics(self) -> Statistics:
+        return await self._request(lambda id: StatisticsAsk(id=id), _statistics)
+
+    async def blob_put(self, data: bytes | Path) -> BlobRef:
+        return await upload(self._put_piece, data)
+
+    async def blob_get(self, ref: BlobRef) -> bytes:
+        return await self._fetch(_checked_digest(ref))
+
+    async def blob_save(self, ref: BlobRef, path: Path) -> None:
+        await download_file(self._get_piece, _checked_digest(ref), Path(path))
+
+    async def call(
+        self, requests: Sequence[bytes], *, acks: Sequence[IncomingTask] = (), holding: Sequence[IncomingTask] = ()
+    ) -> list[bytes]:
+        bodies = tuple(_checked_body(request) for request in requests)
+        settled = tuple((task.id, task.epoch) for task in acks)
+        for task in acks:
+            if isinstance(task, Taken):
+                self._post(task.pull.close)
+        held = tuple((task.id, task.epoch) for task in holding)
+        return await self._request(lambda id: Call(id=id, requests=bodies, acks=settled, holding=held), _answers)
 
     def on_reconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
         self._check_use()
-        number, loop = next(self._numbers), asyncio.get_running_loop()
-        self._callbacks[number] = loop, callback
+        number = next(self._numbers)
+        callbacks = self._deliveries.reconnected
+        callbacks[number] = Callback(lambda _: callback())
 
         def forget() -> None:
-            self._callbacks.pop(number, None)
+            callbacks.pop(number, None)
 
         return forget
 
@@ -235,9 +367,9 @@ class PeerCommunicator(ABC):
         if os.getpid() != self._os_pid:
             return  # the parent's connection lives on; there is nothing here that could be closed
         self._check_caller()
-        waiter = _Waiter.here()
+        waiter = Waiter()
         self._closing = True
-        caller = _SERVING.get()
+        caller = serving()
         self._commands.append(lambda now: self._begin_close(now, waiter, caller))
         if not self._wake():
             return
@@ -267,13 +399,17 @@ class PeerCommunicator(ABC):
 
     # --- the users' side ---
 
+    def loops(self) -> set[asyncio.AbstractEventLoop]:
+        """Those in which its handlers run."""
+        return {one.handler.loop for one in self._deliveries.subscriptions()}
+
     async def connected(self, timeout_s: float) -> None:
         """Wait until the broker knows us. Raises `ConnectionLostError`."""
-        waiter = _Waiter.here()
+        waiter = Waiter()
 
         def wait(now: float) -> None:
             if self._core.up:
-                waiter.resolve(None)
+                self._resolve(waiter, None)
             else:
                 self._up_waiters.append(waiter)
 
@@ -285,28 +421,45 @@ class PeerCommunicator(ABC):
             raise ConnectionLostError(self.endpoint) from None
 
     async def _request(
-        self, make: Callable[[int], Request], convert: Callable[[Any], T], timeout_s: float | None = None
+        self,
+        make: Callable[[int], Request],
+        convert: Callable[[Any], T],
+        timeout_s: float | None = None,
     ) -> T:
+        """Say a request; what `convert` makes of its answer, on the core's side."""
         self._check_use()
-        waiter = _Waiter.here()
+        asked = _Asked(self, make, convert, timeout_s)
+        self._enqueue(asked.ask)
+        answer: T = await asked.future
+        return answer
 
-        def start(now: float) -> None:
-            try:
-                if self._finished:
-                    raise CommunicatorClosedError
-                request = self._core.ask(now, make, timeout_s)
-            except (PrunusError, ValueError, TypeError) as error:
-                waiter.resolve(error)
-            else:
-                self._waiters[request] = waiter, convert
+    async def _put_piece(self, digest: str, offset: int, total: int, piece: bytes) -> int:
+        return await self._request(
+            lambda id: BlobPut(id=id, digest=digest, offset=offset, total=total, chunk=piece), _held
+        )
 
-        self._post(start)
-        result: T = await waiter.future
-        return result
+    async def _get_piece(self, digest: str, offset: int) -> BlobPart:
+        return await self._request(
+            lambda id: BlobGet(id=id, digest=digest, offset=offset, limit=CHUNK_BYTES), _as_it_is
+        )
 
-    async def _subscribe(self, subscription: S, add: Callable[[int], Request]) -> S:
+    async def _fetch(self, digest: str) -> bytes:
+        """All of a blob; raises as `blob_get`."""
+        return await download_bytes(self._get_piece, digest)
+
+    async def _fetched(self, pulled: PulledTask) -> Taken:
+        """A task that came, with its body. If that can't be fetched it goes back, and why is raised."""
+        if pulled.delivery.blob is None:
+            return Taken(self, pulled, pulled.delivery.body)
         try:
-            await self._request(add, _nothing)
+            return Taken(self, pulled, await self._fetch(pulled.delivery.blob))
+        except PrunusError as error:
+            await Taken(self, pulled, b"").reject(NO_BODY.format(error))
+            raise
+
+    async def _subscribe(self, subscription: S) -> S:
+        try:
+            await self._request(subscription.enter, nothing)
         except BaseException:  # refused, or nobody waits for it any more: then it must not stay
 
             def take_back(now: float) -> None:
@@ -318,6 +471,21 @@ class PeerCommunicator(ABC):
             raise
         return subscription
 
+    async def _edit(
+        self,
+        action: Literal["requeue", "bury", "delete"],
+        tasks: tuple[str, ...],
+        queue: str | None,
+        place: TaskPlace | None,
+    ) -> int:
+        _check_names(queue, *tasks)
+        _check_place(place)
+        if not tasks and queue is None and place is None:
+            raise ValueError(f"say which tasks to {action}: by their ids, or all of a queue or a place")
+        return await self._request(
+            lambda id: TaskEdit(id=id, action=action, tasks=tasks, queue=queue, place=place), _changed
+        )
+
     def _check_use(self) -> None:
         if os.getpid() != self._os_pid:
             raise ForkedProcessError("communicator")
@@ -327,6 +495,9 @@ class PeerCommunicator(ABC):
 
     def _post(self, command: Command) -> None:
         self._check_use()
+        self._enqueue(command)
+
+    def _enqueue(self, command: Command) -> None:
         self._commands.append(command)
         if not self._wake():
             raise CommunicatorClosedError
@@ -336,8 +507,11 @@ class PeerCommunicator(ABC):
     def _step(self, now: float, frames: Iterable[bytes]) -> str | None:
         """Take what came and what was asked. The reason why the connection must be made anew, or None."""
         reconnect: str | None = None
+        for event in self._core.wake(now):
+            reconnect = self._act(now, event) or reconnect
         while self._commands:
             self._commands.popleft()(now)
+        self._jobs.collect(now)
         try:
             for frame in frames:
                 for event in self._core.on_frame(now, frame):
@@ -345,9 +519,15 @@ class PeerCommunicator(ABC):
         except ProtocolError as error:
             reconnect = str(error)
         for event in self._core.tick(now):
-            reconnect = self._act(now, event) or reconnect
+            reason = self._act(now, event)
+            reconnect = reconnect or reason
+        self._deliveries.tell_missed()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_FOR_CLOSED_LOOPS_S
+            self._deliveries.look_for_closed_loops(now)
         if self._finish_at is not None and now >= self._finish_at:
             self._finish()
+        self._handover.send()
         return None if self._finished else reconnect
 
     def _due(self) -> float:
@@ -356,31 +536,35 @@ class PeerCommunicator(ABC):
     def _act(self, now: float, event: Event) -> str | None:
         match event:
             case Answered():
+                if isinstance(event.request, Call):
+                    self._deliveries.settled(event.request.acks)
                 self._settle(event.id, event.message)
                 if event.id == self._goodbye:
                     self._finish_at = now
-            case Failed():
-                self._settle(event.id, event.error)
             case TaskDelivery():
-                self._task_came(now, event)
+                self._deliveries.task_came(now, event)
+            case RpcDelivery():
+                self._deliveries.question_came(event)
+            case BroadcastDelivery():
+                self._deliveries.broadcast_came(event)
             case TaskResult():
                 if (result := self._results.pop(event.task, None)) is not None:
                     result.set_result(event.outcome)
+            case Failed():
+                self._settle(event.id, event.error)
+            case Missed():
+                self._deliveries.missed(event.count)
             case TaskLost():
-                logger.warning("somebody else has this task now; its end here is ignored", extra={"task": event.task})
-            case RpcDelivery():
-                self._question_came(event)
-            case BroadcastDelivery():
-                self._broadcast_came(now, event)
+                self._deliveries.lost(now, event.task)
             case NameTaken():
                 logger.warning("somebody else answers under this name now", extra={"identifier": event.identifier})
-                self._rpcs.pop(event.identifier, None)
+                self._deliveries.rpcs.pop(event.identifier, None)
             case Up():
                 for waiter in self._up_waiters:
-                    waiter.resolve(None)
+                    self._resolve(waiter, None)
                 self._up_waiters.clear()
                 if event.again:
-                    self._tell_reconnected()
+                    self._deliveries.tell_reconnected()
             case Violation():
                 logger.error("the broker does not understand us; use the same Prunus", extra={"reason": event.reason})
             case Reconnect():
@@ -390,144 +574,31 @@ class PeerCommunicator(ABC):
         return None
 
     def _settle(self, request: int, outcome: object) -> None:
-        waiter, convert = self._waiters.pop(request, (None, _nothing))
-        if waiter is not None:
-            waiter.resolve(outcome if isinstance(outcome, BaseException) else convert(outcome))
+        asked = self._waiters.pop(request, None)
+        if asked is not None:
+            if not isinstance(outcome, BaseException):
+                outcome = asked.convert(outcome)
+            self._resolve(asked, outcome)
 
-    def _tell_reconnected(self) -> None:
-        for loop, callback in list(self._callbacks.values()):
-            with contextlib.suppress(RuntimeError):  # that loop is closed
-                loop.call_soon_threadsafe(callback)
+    def _resolve(self, waiter: Waiter, outcome: object) -> None:
+        waiter.outcome = outcome
+        self._handover.add(waiter.loop, waiter)
 
-    def _credit_request(self, id: int, queue: str) -> Request:
-        subscriptions = self._tasks.get(queue)
-        if not subscriptions:
-            return TaskUnsubscribe(id=id, queue=queue)
-        return TaskSubscribe(id=id, queue=queue, credit=sum(one.credit for one in subscriptions))
-
-    def _task_came(self, now: float, delivery: TaskDelivery) -> None:
-        candidates = self._tasks.get(delivery.queue, ())
-        for one in candidates:  # what a call has settled is not in hand any more, though its handler may still end
-            one.in_hand = {task: epoch for task, epoch in one.in_hand.items() if self._core.held.get(task) == epoch}
-        subscription = max(candidates, key=lambda one: one.credit - len(one.in_hand), default=None)
-        if subscription is None or len(subscription.in_hand) >= subscription.credit:
-            self._core.ask(now, lambda id: TaskNack(id=id, task=delivery.task, epoch=delivery.epoch))
-            return
-        subscription.in_hand[delivery.task] = delivery.epoch
-        task = Incoming(
-            id=delivery.task,
-            key=delivery.key,
-            queue=delivery.queue,
-            body=delivery.body,
-            epoch=delivery.epoch,
-            attempt=delivery.attempt,
-        )
-
-        def done(now: float, future: Future[Any]) -> None:
-            if subscription.in_hand.get(delivery.task) == delivery.epoch:
-                del subscription.in_hand[delivery.task]
-            if self._core.held.get(delivery.task) == delivery.epoch:
-                self._settle_task(now, delivery, future)
-
-        self._serve(subscription.loop, subscription.handler, task, done)
-
-    def _settle_task(self, now: float, delivery: TaskDelivery, future: Future[Any]) -> None:
-        """The handler ended and the task was not settled by a call."""
-        task, epoch = delivery.task, delivery.epoch
-        error = _error_of(future)
-        if isinstance(error, asyncio.CancelledError | FutureCancelledError | TaskRejectedError | _NotRunError):
-            self._core.ask(now, lambda id: TaskNack(id=id, task=task, epoch=epoch))
-            return
-        outcome: Outcome = _bytes_or_failure(None if error else future.result(), error, optional=True)
-        if isinstance(outcome, Failure):
-            logger.warning(
-                "a task's handler failed; the task is done with, and its sender gets the error",
-                extra={"task": task, "failure": str(outcome)},
-                exc_info=error,
-            )
-        self._core.ask(now, lambda id: TaskAck(id=id, task=task, epoch=epoch, outcome=outcome))
-
-    def _question_came(self, question: RpcDelivery) -> None:
-        subscription = self._rpcs.get(question.identifier)
-        refusal: PrunusError | None = None
-        if subscription is None:
-            refusal = UnroutableError(question.identifier)
-        elif self._questions_in_hand >= MAX_QUESTIONS_IN_HAND:
-            refusal = BusyError(f"{question.identifier!r} has {MAX_QUESTIONS_IN_HAND:,} questions in hand")
-        if subscription is None or refusal is not None:
-            self._core.answer(question.caller, question.id, outcome_of(refusal or UnroutableError(question.identifier)))
-            return
-        self._questions_in_hand += 1
-
-        def done(now: float, future: Future[Any]) -> None:
-            self._questions_in_hand -= 1
-            error = _error_of(future)
-            outcome = _bytes_or_failure(None if error else future.result(), error, optional=False)
-            self._core.answer(question.caller, question.id, outcome)
-
-        self._serve(subscription.loop, subscription.handler, question.body, done)
-
-    def _broadcast_came(self, now: float, message: BroadcastDelivery) -> None:
-        for subscription in list(self._broadcasts.values()):
-            if not (subscription.sender(message.sender) and subscription.subject(message.subject)):
-                continue
-            if self._broadcasts_in_hand >= MAX_BROADCASTS_IN_HAND:
-                if not self._overflowed:
-                    logger.warning("broadcasts come faster than they are handled; some are dropped")
-                    self._overflowed = True
-                return
-            self._broadcasts_in_hand += 1
-            heard = Heard(body=message.body, sender=message.sender, subject=message.subject)
-            self._serve(subscription.loop, subscription.handler, heard, self._broadcast_done)
-
-    def _broadcast_done(self, now: float, future: Future[Any]) -> None:
-        self._broadcasts_in_hand -= 1
-        if self._overflowed and self._broadcasts_in_hand < MAX_BROADCASTS_IN_HAND // 2:
-            self._overflowed = False
-            self._tell_reconnected()  # something was missed: for the user it is the same
-        error = _error_of(future)
-        if isinstance(error, Exception):
-            logger.warning("a broadcast's handler failed; other handlers go on", exc_info=error)
-
-    def _serve(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        handler: Callable[[Any], Awaitable[Any]],
-        argument: object,
-        done: Callable[[float, Future[Any]], None],
-    ) -> None:
-        """Run `handler(argument)` in `loop`; then `done` here, exactly once, whatever it comes to."""
-        job = _Job()
-        coroutine = _run(handler, argument, job)
-        try:
-            future: Future[Any] = asyncio.run_coroutine_threadsafe(coroutine, loop)
-        except RuntimeError as error:  # that loop is closed: nobody will ever run it
-            coroutine.close()
-            future = Future()
-            future.set_exception(_NotRunError(str(error)))
-        self._in_hand[job] = future
-
-        def ended(future: Future[Any]) -> None:
-            def finish(now: float) -> None:
-                del self._in_hand[job]
-                done(now, future)
-
-            self._commands.append(finish)
-            self._wake()
-
-        future.add_done_callback(ended)
+    def _awaited_receipt(self, answer: TaskStored) -> Receipt:
+        return Receipt(answer.task, answer.stored, self._results.setdefault(answer.task, Future()))
 
     # --- the end ---
 
-    def _begin_close(self, now: float, waiter: _Waiter, caller: _Job | None) -> None:
+    def _begin_close(self, now: float, waiter: Waiter, caller: Job | None) -> None:
         self._closers.append(waiter)
         if caller is not None:
-            self._in_hand.pop(caller, None)  # the handler that closes us is not cancelled by that
+            self._closing_jobs.append(caller)
         if self._finished:
-            waiter.resolve(None)
+            self._resolve(waiter, None)
+            self._handover.send()
         if self._finish_at is not None:
             return
-        self._finish_at = now + CLOSE_TIMEOUT_S if self._core.up else now
+        self._finish_at = now + (CLOSE_TIMEOUT_S if self._core.up else LAST_CALL_S)
         self._goodbye = self._core.ask(now, lambda id: Goodbye(id=id))
 
     def _finish(self) -> None:
@@ -536,40 +607,21 @@ class PeerCommunicator(ABC):
             return
         self._finished = self._closing = True
         closed = CommunicatorClosedError()
-        for waiter, _ in self._waiters.values():
-            waiter.resolve(closed)
-        for waiter in self._up_waiters:
-            waiter.resolve(closed)
+        for waiter in (*self._waiters.values(), *self._up_waiters):
+            self._resolve(waiter, closed)
+        for pull in self._deliveries.waiting_lanes():
+            pull.resolve(closed)
         for result in self._results.values():
             result.set_exception(closed)
         self._waiters.clear()
         self._results.clear()
-        for future in list(self._in_hand.values()):
-            future.cancel()
+        self._jobs.cancel_all(but=self._closing_jobs)
         for waiter in self._closers:
-            waiter.resolve(None)
+            self._resolve(waiter, None)
+        self._handover.send()
 
 
 # --- what users get ---------------------------------------------------------------------------------
-
-
-class Incoming(msgspec.Struct, frozen=True, kw_only=True):
-    """An `IncomingTask`."""
-
-    id: str
-    key: str | None
-    queue: str
-    body: bytes
-    epoch: int
-    attempt: int
-
-
-class Heard(msgspec.Struct, frozen=True, kw_only=True):
-    """A `Broadcast`."""
-
-    body: bytes
-    sender: str | None
-    subject: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -586,150 +638,101 @@ class Receipt:
         return result_or_raise(await asyncio.shield(asyncio.wrap_future(self._result)))
 
 
-class _Subscription(ABC):
-    """A handler, and the loop in which it runs."""
+class Taken:
+    """A `TakenTask`."""
 
-    def __init__(self, communicator: PeerCommunicator) -> None:
-        communicator._check_use()
-        self.communicator = communicator
-        self.loop = asyncio.get_running_loop()
+    def __init__(self, communicator: PeerCommunicator, pulled: PulledTask, body: bytes) -> None:
+        delivery = pulled.delivery
+        self.id, self.epoch, self.attempt = delivery.task, delivery.epoch, delivery.attempt
+        self.key, self.queue, self.subject, self.body = delivery.key, delivery.queue, delivery.subject, body
+        self.pull, self._pulled = pulled.pull, pulled
+        self._communicator = communicator
 
-    @abstractmethod
-    def leave(self, id: int) -> Request:
-        """On the core's side: deliver nothing more, and what to tell the broker."""
+    async def acknowledge(self, result: bytes | None = None) -> None:
+        outcome = None if result is None else _checked_body(result)
+        await self._settle(lambda id: TaskAck(id=id, task=self.id, epoch=self.epoch, outcome=outcome))
 
-    async def cancel(self) -> None:
-        with contextlib.suppress(CommunicatorClosedError, _NothingToDoError):
-            await self.communicator._request(self.leave, _nothing)
+    async def fail(self, error: BaseException) -> None:
+        outcome = outcome_of(error)
+        await self._settle(lambda id: TaskAck(id=id, task=self.id, epoch=self.epoch, outcome=outcome))
 
-    async def set_credit(self, credit: int) -> None:
-        raise TypeError("only a task subscription has a credit")
+    async def reject(self, reason: str = "rejected") -> None:
+        reason = as_reason(reason)
+        await self._settle(lambda id: TaskNack(id=id, task=self.id, epoch=self.epoch, reason=reason))
 
+    async def _settle(self, make: Callable[[int], TaskAck | TaskNack]) -> None:
+        """Unless it was settled before: give up the place, then the task."""
 
-class _TaskSubscription(_Subscription):
-    def __init__(self, communicator: PeerCommunicator, queue: str, handler: TaskHandler, credit: int) -> None:
-        super().__init__(communicator)
-        self.queue, self.handler, self.credit = queue, handler, credit
-        self.in_hand: dict[str, int] = {}
-        """The epochs of the tasks that its handler works on."""
+        def start(id: int) -> Request:
+            if not self._communicator._deliveries.let_go(self._pulled):
+                raise NothingToDoError
+            return make(id)
 
-    def leave(self, id: int) -> Request:
-        subscriptions = self.communicator._tasks.get(self.queue, [])
-        if self not in subscriptions:
-            raise _NothingToDoError
-        subscriptions.remove(self)
-        return self.communicator._credit_request(id, self.queue)
+        if self._pulled.lane is None:
+            return
+        self._communicator._post(self.pull.close)
+        with contextlib.suppress(NothingToDoError):
+            await self._communicator._request(start, nothing)
 
-    async def set_credit(self, credit: int) -> None:
-        credit = _checked_credit(credit)
+    async def __aenter__(self) -> Taken:
+        return self
 
-        def change(id: int) -> Request:
-            self.credit = credit
-            return self.communicator._credit_request(id, self.queue)
-
-        await self.communicator._request(change, _nothing)
-
-
-class _RpcSubscription(_Subscription):
-    def __init__(self, communicator: PeerCommunicator, identifier: str, handler: RpcHandler) -> None:
-        super().__init__(communicator)
-        self.identifier, self.handler = identifier, handler
-
-    def leave(self, id: int) -> Request:
-        if self.communicator._rpcs.get(self.identifier) is not self:
-            raise _NothingToDoError
-        del self.communicator._rpcs[self.identifier]
-        return RpcUnsubscribe(id=id, identifier=self.identifier)
-
-
-class _BroadcastSubscription(_Subscription):
-    def __init__(
-        self,
-        communicator: PeerCommunicator,
-        number: int,
-        handler: BroadcastHandler,
-        sender: str | None,
-        subject: str | None,
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        super().__init__(communicator)
-        self.number, self.handler = number, handler
-        self.sender, self.subject = matcher(sender), matcher(subject)
+        if error is None:
+            await self.acknowledge()
+            return
+        with contextlib.suppress(CommunicatorClosedError):  # who leaves gives its tasks back
+            failure = Failure.of(error)
+            await self.reject(failure.message if isinstance(error, TaskRejectedError) else str(failure))
 
-    def leave(self, id: int) -> Request:
-        if self.communicator._broadcasts.pop(self.number, None) is None:
-            raise _NothingToDoError
-        return BroadcastUnsubscribe(id=id, subscription=self.number)
+    def __repr__(self) -> str:
+        return f"<Taken {self.id} from {self.queue!r}, attempt {self.attempt}>"
 
 
 # --- helpers ----------------------------------------------------------------------------------------
 
 
-class _Job:
-    """One run of a handler."""
+class _Asked(Waiter):
+    """A request, and who waits for its answer."""
 
+    __slots__ = ("_communicator", "_make", "_timeout_s", "convert")
 
-_SERVING: ContextVar[_Job | None] = ContextVar("prunus_handler", default=None)
+    def __init__(
+        self,
+        communicator: PeerCommunicator,
+        make: Callable[[int], Request],
+        convert: Callable[[Any], Any],
+        timeout_s: float | None,
+    ) -> None:
+        super().__init__()
+        self._communicator, self._make, self._timeout_s = communicator, make, timeout_s
+        self.convert = convert
 
-
-class _NotRunError(PrunusError):
-    """The loop of the handler is closed."""
-
-
-class _NothingToDoError(PrunusError):
-    """The subscription is cancelled already."""
-
-
-@dataclass(slots=True)
-class _Waiter:
-    """A future, and the loop that alone may touch it."""
-
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[Any]
-
-    @classmethod
-    def here(cls) -> _Waiter:
-        loop = asyncio.get_running_loop()
-        return cls(loop, loop.create_future())
-
-    def resolve(self, outcome: object) -> None:
-        with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits any more
-            self.loop.call_soon_threadsafe(self._set, outcome)
-
-    def _set(self, outcome: object) -> None:
-        if self.future.done():
-            return
-        if isinstance(outcome, BaseException):
-            self.future.set_exception(outcome)
+    def ask(self, now: float) -> None:
+        """On the core's side."""
+        communicator = self._communicator
+        try:
+            if communicator._finished:
+                raise CommunicatorClosedError
+            request = communicator._core.ask(now, self._make, self._timeout_s)
+        except (PrunusError, ValueError, TypeError) as error:
+            communicator._resolve(self, error)
         else:
-            self.future.set_result(outcome)
+            communicator._waiters[request] = self
 
 
-async def _run(handler: Callable[[Any], Awaitable[Any]], argument: object, job: _Job) -> Any:
-    _SERVING.set(job)
-    return await handler(argument)
-
-
-def _error_of(future: Future[Any]) -> BaseException | None:
-    try:
-        return future.exception()
-    except FutureCancelledError as error:
-        return error
-
-
-def _bytes_or_failure(result: object, error: BaseException | None, *, optional: bool) -> Outcome:
-    if error is None and not (isinstance(result, bytes) or (optional and result is None)):
-        error = TypeError(f"a handler must return bytes, not {type(result).__name__}")
-    if error is None and isinstance(result, bytes) and len(result) > MAX_BODY_BYTES:
-        error = MessageTooLargeError(len(result), MAX_BODY_BYTES)
-    if error is not None:
-        return outcome_of(error)
-    return result if isinstance(result, bytes) else None
+def _as_bytes(body: bytes) -> bytes:
+    if not isinstance(body, bytes):
+        if not isinstance(body, (bytearray, memoryview)):
+            raise TypeError(f"a body is bytes, not {type(body).__name__}")
+        body = bytes(body)
+    return body
 
 
 def _checked_body(body: bytes) -> bytes:
-    if not isinstance(body, bytes | bytearray | memoryview):
-        raise TypeError(f"a body is bytes, not {type(body).__name__}")
-    body = bytes(body)
+    body = _as_bytes(body)
     if len(body) > MAX_BODY_BYTES:
         raise MessageTooLargeError(len(body), MAX_BODY_BYTES)
     return body
@@ -737,18 +740,53 @@ def _checked_body(body: bytes) -> bytes:
 
 def _check_names(*names: str | None) -> None:
     for name in names:
-        if name is not None and not (isinstance(name, str) and len(name) <= MAX_NAME_CHARS):
+        if name is None:
+            continue
+        if not isinstance(name, str) or len(name) > MAX_NAME_CHARS or not (name.isascii() or speakable(name) == name):
             raise ValueError(f"a name is a text of up to {MAX_NAME_CHARS} characters, not {name!r:.100}")
 
 
-def _checked_credit(credit: int) -> int:
-    if credit < 0:
-        raise ValueError(f"a credit is 0 or more, not {credit}")
-    return credit
+def _checked_digest(ref: BlobRef) -> str:
+    if not isinstance(ref, BlobRef) or not is_digest(ref.digest):
+        raise ValueError(f"this is no reference to a blob: {ref!r:.200}; blob_put gives one")
+    return ref.digest
 
 
-def _nothing(answer: object) -> None:
-    return None
+def _check_number(what: str, number: int) -> None:
+    if not isinstance(number, int) or not 0 <= number < 2**63:
+        raise ValueError(f"{what} is a number from 0 on, not {number!r:.100}")
+
+
+def _check_place(place: str | None) -> None:
+    if place is not None and place not in get_args(TaskPlace):
+        raise ValueError(f"a place is one of {', '.join(get_args(TaskPlace))}, not {place!r:.100}")
+
+
+def _check_limits(limits: QueueLimits) -> None:
+    try:
+        msgspec.convert(msgspec.structs.asdict(limits), QueueLimits)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise ValueError(f"these are no limits of a queue: {error}") from None
+
+
+def _checked_resources(resources: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    _check_names(*resources)
+    for resource, tokens in resources.items():
+        _check_number(f"what a task takes of the resource {resource!r}", tokens)
+    return tuple(resources.items())
+
+
+def _wall_clock(what: str, moment: datetime | None) -> float:
+    """Seconds since 1970; 0: nothing was asked for."""
+    if moment is None:
+        return 0.0
+    if moment.tzinfo is None:
+        raise ValueError(f"{what} needs a time zone, say datetime.now(UTC) + ...; {moment!r} has none")
+    return max(moment.timestamp(), 1.0)
+
+
+def _receipt(answer: TaskStored) -> Receipt:
+    return Receipt(answer.task, answer.stored)
 
 
 def _outcome(answer: RpcDone) -> Outcome:
@@ -757,3 +795,23 @@ def _outcome(answer: RpcDone) -> Outcome:
 
 def _answers(answer: CallDone) -> list[bytes]:
     return list(answer.answers)
+
+
+def _listed(answer: TasksListed) -> list[TaskInfo]:
+    return list(answer.tasks)
+
+
+def _changed(answer: Edited) -> int:
+    return answer.changed
+
+
+def _held(answer: BlobHeld) -> int:
+    return answer.size
+
+
+def _as_it_is(answer: BlobPart) -> BlobPart:
+    return answer
+
+
+def _statistics(answer: StatisticsTold) -> Statistics:
+    return answer.statistics

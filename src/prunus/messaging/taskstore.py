@@ -1,148 +1,363 @@
-"""The broker's memory on disk: tasks, sessions, and the answers that a client may ask for again.
+"""The broker's memory on disk: tasks, sessions, what is known of clients, limits, and answers that may be asked again.
 
 The tables live beside others in a database file that somebody else opened. Nothing here opens, commits or rolls back:
 every method works inside the transaction of its caller, who decides when all of it becomes true.
+
+What changed in a batch is written once, whatever happened to it meanwhile: a task that came and was settled in the same
+batch leaves no trace. Bodies stay here: those that came lately in memory, up to `BODY_CACHE_BYTES`, all others on disk
+alone, each with a checksum.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from typing import assert_never
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
 
-from prunus.messaging.broker import (
-    DeleteTask,
-    DropAnswers,
-    ForgetSession,
-    HoldTask,
-    ReleaseTask,
-    SaveAnswer,
-    SaveSession,
-    SettleTask,
-    SetWaiters,
-    StoredState,
-    StoredTask,
-    StoreEffect,
-    StoreTask,
-    Task,
-)
+import msgspec
+
+from prunus.errors import PersistenceError
+from prunus.messaging.broker import Changes, Client, StoredState
+from prunus.messaging.inventory import QueueLimits
 from prunus.messaging.messages import Peer
+from prunus.messaging.queues import Hold, Needs, Task, depth_of, priority_of, urgency_of
+
+BODY_CACHE_BYTES = 32 * 1024 * 1024
+"""Bodies of tasks that were accepted lately are kept in memory up to this."""
+BODY_OVERHEAD_BYTES = 200
+"""What a body in memory costs besides its bytes."""
 
 # Every task that was accepted and is not done with; `place` is its rank among tasks of one priority.
 CREATE_TASK = """
     CREATE TABLE IF NOT EXISTS broker_task (
-        id TEXT PRIMARY KEY, queue TEXT NOT NULL, key TEXT, priority INTEGER NOT NULL, body BLOB NOT NULL,
-        place INTEGER NOT NULL, attempt INTEGER NOT NULL DEFAULT 0, holder TEXT, epoch INTEGER NOT NULL DEFAULT 0,
-        waiters TEXT NOT NULL DEFAULT '', outcome BLOB
-    ) STRICT, WITHOUT ROWID"""
+        number INTEGER PRIMARY KEY, id TEXT NOT NULL, queue TEXT NOT NULL, key TEXT, subject TEXT,
+        priority INTEGER NOT NULL, place INTEGER NOT NULL, attempt INTEGER NOT NULL, max_attempts INTEGER NOT NULL,
+        sent_at REAL NOT NULL, not_before REAL NOT NULL, expires_at REAL NOT NULL, resources TEXT,
+        holder TEXT, pattern TEXT, epoch INTEGER, waiters TEXT NOT NULL, outcome BLOB, dead INTEGER NOT NULL,
+        reason TEXT, crc INTEGER NOT NULL, body BLOB NOT NULL, blob TEXT, blob_size INTEGER, depth INTEGER
+    ) STRICT"""
+# The few tasks whose body is a blob.
+CREATE_BLOBS = "CREATE INDEX IF NOT EXISTS broker_blob ON broker_task (blob) WHERE blob IS NOT NULL"
 # Every session that may hold tasks, and the process in which it lives.
 CREATE_SESSION = """
     CREATE TABLE IF NOT EXISTS broker_session (
         id TEXT PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL, started INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID"""
-# The answers to requests that changed something, until the client has seen them.
+# What is known of clients, also of those that were silent for too long: the digest of their secret, the id below which
+# every `TaskSend` was done, and (as msgpack) those of them that were not.
+CREATE_CLIENT = """
+    CREATE TABLE IF NOT EXISTS broker_client (
+        session TEXT PRIMARY KEY, secret BLOB, done INTEGER NOT NULL, undone BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID"""
+# The answers to requests that changed something and that do not follow from these, until the client has seen them.
 CREATE_ANSWER = """
     CREATE TABLE IF NOT EXISTS broker_answer (
         session TEXT NOT NULL, request INTEGER NOT NULL, frame BLOB NOT NULL, PRIMARY KEY (session, request)
     ) STRICT, WITHOUT ROWID"""
+# The limits of queues, as JSON.
+CREATE_QUEUE = "CREATE TABLE IF NOT EXISTS broker_queue (name TEXT PRIMARY KEY, limits TEXT NOT NULL) STRICT"
+# How many tokens there are of a resource.
+CREATE_RESOURCE = "CREATE TABLE IF NOT EXISTS broker_resource (name TEXT PRIMARY KEY, capacity INTEGER NOT NULL) STRICT"
 # Numbers of the broker itself.
 CREATE_META = "CREATE TABLE IF NOT EXISTS broker_meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT"
 
-# A new task is pending.
+# A new task.
 INSERT_TASK = """
-    INSERT INTO broker_task (id, queue, key, priority, body, place, waiters) VALUES (?, ?, ?, ?, ?, ?, ?)"""
-# A session holds a task from now on.
-HOLD_TASK = "UPDATE broker_task SET holder = ?, epoch = ?, attempt = ? WHERE id = ?"
-# A task is pending again; its epoch and attempts stay.
-RELEASE_TASK = "UPDATE broker_task SET holder = NULL WHERE id = ?"
-# Other sessions wait for the result of a task.
-SET_WAITERS = "UPDATE broker_task SET waiters = ? WHERE id = ?"
-# A task is done, and its result is waited for.
-SETTLE_TASK = "UPDATE broker_task SET holder = NULL, outcome = ?, body = x'' WHERE id = ?"
+    INSERT INTO broker_task (
+        attempt, holder, pattern, epoch, waiters, outcome, dead, reason, not_before, expires_at, place, number, id,
+        queue, key, subject, priority, depth, max_attempts, sent_at, resources, crc, body, blob, blob_size
+    ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+# What can change of a task.
+UPDATE_TASK = """
+    UPDATE broker_task SET attempt = ?, holder = ?, pattern = ?, epoch = ?, waiters = ?, outcome = ?, dead = ?,
+        reason = ?, not_before = ?, expires_at = ?, place = ? WHERE number = ?"""
+# A task is done, and somebody waits for its result: nobody needs its body any more.
+EMPTY_TASK = "UPDATE broker_task SET body = x'', crc = 0, blob = NULL, blob_size = NULL WHERE number = ?"
 # A task is done with.
-DELETE_TASK = "DELETE FROM broker_task WHERE id = ?"
+DELETE_TASK = "DELETE FROM broker_task WHERE number = ?"
+# The body of a task.
+READ_BODY = "SELECT body, crc FROM broker_task WHERE number = ?"
+# Whether a blob is the body of a task.
+NEEDS_BLOB = "SELECT EXISTS (SELECT 1 FROM broker_task WHERE blob = ?)"
+# The blobs that are bodies of tasks, and their sizes.
+ALL_BLOBS = "SELECT DISTINCT blob, blob_size FROM broker_task WHERE blob IS NOT NULL ORDER BY blob"
 # A session is known, or known with another process.
 SAVE_SESSION = "INSERT OR REPLACE INTO broker_session (id, host, pid, started) VALUES (?, ?, ?, ?)"
 # A session is gone.
 FORGET_SESSION = "DELETE FROM broker_session WHERE id = ?"
+# A client is known, or has done more.
+SAVE_CLIENT = "INSERT OR REPLACE INTO broker_client (session, secret, done, undone) VALUES (?, ?, ?, ?)"
+# A client left for good, or was silent for too long.
+FORGET_CLIENT = "DELETE FROM broker_client WHERE session = ?"
 # The answer to a request, in the commit of what it answers for.
 SAVE_ANSWER = "INSERT OR REPLACE INTO broker_answer (session, request, frame) VALUES (?, ?, ?)"
 # The client has seen these answers, or is gone.
 DROP_ANSWERS = "DELETE FROM broker_answer WHERE session = ? AND request < ?"
-# All tasks.
+# The limits of a queue.
+SAVE_LIMITS = "INSERT OR REPLACE INTO broker_queue (name, limits) VALUES (?, ?)"
+# A queue has no limits any more.
+FORGET_LIMITS = "DELETE FROM broker_queue WHERE name = ?"
+# The tokens of a resource.
+SAVE_RESOURCE = "INSERT OR REPLACE INTO broker_resource (name, capacity) VALUES (?, ?)"
+# A resource is not limited any more.
+FORGET_RESOURCE = "DELETE FROM broker_resource WHERE name = ?"
+# All tasks, without their bodies.
 LOAD_TASKS = """
-    SELECT id, queue, key, priority, body, place, attempt, holder, epoch, waiters, outcome
-    FROM broker_task ORDER BY place"""
+    SELECT priority, depth, place, number, id, queue, key, subject, resources, coalesce(blob_size, length(body)),
+        sent_at, not_before, expires_at, max_attempts, attempt, holder, pattern, epoch, waiters, outcome, dead, reason,
+        blob
+    FROM broker_task ORDER BY number"""
 # All sessions.
 LOAD_SESSIONS = "SELECT id, host, pid, started FROM broker_session ORDER BY id"
+# All clients.
+LOAD_CLIENTS = "SELECT session, secret, done, undone FROM broker_client ORDER BY session"
 # All answers that may be asked for again, in the order of their requests.
 LOAD_ANSWERS = "SELECT session, request, frame FROM broker_answer ORDER BY session, request"
+# All limits of queues.
+LOAD_LIMITS = "SELECT name, limits FROM broker_queue ORDER BY name"
+# All resources.
+LOAD_RESOURCES = "SELECT name, capacity FROM broker_resource ORDER BY name"
 # The broker starts once more.
 RAISE_EPOCH = """
     INSERT INTO broker_meta (name, value) VALUES ('broker_epoch', 1)
     ON CONFLICT (name) DO UPDATE SET value = value + 1 RETURNING value"""
+# A copy of the database takes its place: no epoch that was given since it was made is given again.
+RAISE_EPOCH_BY = "UPDATE broker_meta SET value = value + ? WHERE name = 'broker_epoch'"
+# The columns of the tasks' table, as it is in this file.
+TASK_COLUMNS = "SELECT name FROM pragma_table_info('broker_task')"
+# Tables of the first version had tasks by id, without subjects, delays, dead letters and checksums.
+UPGRADE_TASKS = """
+    INSERT INTO broker_task (
+        number, id, queue, key, priority, place, attempt, max_attempts, sent_at, not_before, expires_at, holder, epoch,
+        waiters, outcome, dead, crc, body
+    )
+    SELECT rank, id, queue, key, priority, rank, attempt, 0, CAST(strftime('%s', 'now') AS REAL), 0.0, 0.0, holder,
+        epoch, waiters, outcome, 0, crc32(body), body
+    FROM (SELECT *, row_number() OVER (ORDER BY place, id) AS rank FROM broker_task_1) ORDER BY rank"""
 
 _WAITER_SEPARATOR = "\n"
+_NEVER = 2**63 - 1
+
+
+def needed_blobs(connection: sqlite3.Connection) -> list[tuple[str, int]]:
+    """The (digest, size) of each blob that is the body of a task in a database of any version."""
+    if ("blob",) not in connection.execute(TASK_COLUMNS).fetchall():
+        return []
+    return connection.execute(ALL_BLOBS).fetchall()
 
 
 class TaskStore:
-    """Applies the store effects of the broker core, and reads everything back. Raises `sqlite3.Error`."""
+    """Writes what changed, reads bodies, and reads everything back. Raises `sqlite3.Error`."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
+        """Make the tables that are not there, and upgrade those of an older version, in the caller's transaction."""
         self._connection = connection
-        for statement in (CREATE_TASK, CREATE_SESSION, CREATE_ANSWER, CREATE_META):
+        self._fresh: dict[int, bytes] = {}
+        """Bodies that are not on the disk yet, by the number of their task."""
+        self._bodies: OrderedDict[int, bytes] = OrderedDict()
+        self._bodies_bytes = 0
+        columns = {name for (name,) in connection.execute(TASK_COLUMNS)}
+        is_old = bool(columns) and "number" not in columns
+        if is_old:
+            connection.execute("ALTER TABLE broker_task RENAME TO broker_task_1")
+        for statement in (
+            CREATE_TASK, CREATE_SESSION, CREATE_CLIENT, CREATE_ANSWER, CREATE_QUEUE, CREATE_RESOURCE, CREATE_META,
+        ):  # fmt: skip
             connection.execute(statement)
+        if is_old:
+            connection.create_function("crc32", 1, zlib.crc32, deterministic=True)
+            connection.execute(UPGRADE_TASKS)
+            connection.execute("DROP TABLE broker_task_1")
+        elif columns and "blob" not in columns:
+            connection.execute("ALTER TABLE broker_task ADD COLUMN blob TEXT")
+            connection.execute("ALTER TABLE broker_task ADD COLUMN blob_size INTEGER")
+        if columns and not is_old and "depth" not in columns:
+            connection.execute("ALTER TABLE broker_task ADD COLUMN depth INTEGER")
+        connection.execute(CREATE_BLOBS)
 
     def next_broker_epoch(self) -> int:
         """One more than at the last start; durable with the caller's next commit."""
         [(epoch,)] = self._connection.execute(RAISE_EPOCH).fetchall()
         return int(epoch)
 
+    def raise_broker_epoch(self, by: int) -> None:
+        """Every broker epoch from now on is above all that there were, by more than `by`: for a copy of the database
+        that takes its place."""
+        self._connection.execute(RAISE_EPOCH_BY, (by,))
+
     def load(self) -> StoredState:
-        """All that survived."""
+        """All that survived. The tasks are read when they are asked for, once."""
+        rows = self._connection.execute
         return StoredState(
-            tasks=tuple(
-                StoredTask(
-                    task=Task(id=id, queue=queue, key=key, priority=priority, body=body, order=place),
-                    attempt=attempt,
-                    holder=holder,
-                    epoch=epoch,
-                    waiters=tuple(waiters.split(_WAITER_SEPARATOR)) if waiters else (),
-                    outcome=outcome,
-                )
-                for id, queue, key, priority, body, place, attempt, holder, epoch, waiters, outcome in (
-                    self._connection.execute(LOAD_TASKS)
-                )
+            tasks=self._tasks(),
+            sessions=tuple((id, Peer(host, pid, started)) for id, host, pid, started in rows(LOAD_SESSIONS)),
+            clients=tuple(
+                (session, Client(secret=secret, done=done, undone=dict.fromkeys(msgspec.msgpack.decode(undone))))
+                for session, secret, done, undone in rows(LOAD_CLIENTS)
             ),
-            sessions=tuple(
-                (id, Peer(host, pid, started)) for id, host, pid, started in self._connection.execute(LOAD_SESSIONS)
-            ),
-            answers=tuple(self._connection.execute(LOAD_ANSWERS)),
+            answers=tuple(rows(LOAD_ANSWERS)),
+            limits={name: msgspec.json.decode(limits, type=QueueLimits) for name, limits in rows(LOAD_LIMITS)},
+            resources=dict(rows(LOAD_RESOURCES).fetchall()),
         )
 
-    def apply(self, effect: StoreEffect) -> None:
-        """Make one effect true in the transaction that is open."""
-        execute = self._connection.execute
-        match effect:
-            case StoreTask(task=task, waiters=waiters):
-                waiting = _WAITER_SEPARATOR.join(waiters)
-                execute(INSERT_TASK, (task.id, task.queue, task.key, task.priority, task.body, task.order, waiting))
-            case HoldTask():
-                execute(HOLD_TASK, (effect.session, effect.epoch, effect.attempt, effect.task))
-            case ReleaseTask():
-                execute(RELEASE_TASK, (effect.task,))
-            case SetWaiters():
-                execute(SET_WAITERS, (_WAITER_SEPARATOR.join(effect.waiters), effect.task))
-            case SettleTask():
-                execute(SETTLE_TASK, (effect.outcome, effect.task))
-            case DeleteTask():
-                execute(DELETE_TASK, (effect.task,))
-            case SaveSession(session=session, peer=peer):
-                execute(SAVE_SESSION, (session, peer.host, peer.pid, peer.started))
-            case ForgetSession():
-                execute(FORGET_SESSION, (effect.session,))
-            case SaveAnswer():
-                execute(SAVE_ANSWER, (effect.session, effect.request, effect.frame))
-            case DropAnswers():
-                execute(DROP_ANSWERS, (effect.session, effect.below))
-            case _:
-                assert_never(effect)
+    # --- bodies ---
+
+    def keep(self, number: int, body: bytes) -> None:
+        """The body of a new task; it is written with the task."""
+        self._fresh[number] = body
+
+    def body(self, number: int, *, checked: bool = True) -> bytes:
+        """The body of a task. Raises `PersistenceError` if it is not what was written (unless it is not `checked`)."""
+        body = self._fresh.get(number)
+        if body is None:
+            body = self._bodies.get(number)
+        if body is None:
+            row = self._connection.execute(READ_BODY, (number,)).fetchone()
+            body, crc = row or (b"", None)
+            if checked and zlib.crc32(body) != crc:
+                raise PersistenceError("its body is damaged on the disk: the checksum does not fit")
+        return body
+
+    def needs_blob(self, digest: str) -> bool:
+        """Whether a blob is the body of a task, as far as it was written."""
+        [[needed]] = self._connection.execute(NEEDS_BLOB, (digest,)).fetchall()
+        return bool(needed)
+
+    def forget_body(self, number: int) -> None:
+        """It will hardly be asked for again soon."""
+        if (body := self._bodies.pop(number, None)) is not None:
+            self._bodies_bytes -= len(body) + BODY_OVERHEAD_BYTES
+
+    def _remember_body(self, number: int, body: bytes) -> None:
+        self._bodies[number] = body
+        self._bodies_bytes += len(body) + BODY_OVERHEAD_BYTES
+        while self._bodies_bytes > BODY_CACHE_BYTES:
+            _, oldest = self._bodies.popitem(last=False)
+            self._bodies_bytes -= len(oldest) + BODY_OVERHEAD_BYTES
+
+    # --- writing ---
+
+    def write(self, changes: Changes) -> None:
+        """Make it all true in the transaction that is open."""
+        many = self._connection.executemany
+        inserted: list[tuple[object, ...]] = []
+        updated: list[tuple[object, ...]] = []
+        deleted: list[tuple[int]] = []
+        emptied: list[tuple[int]] = []
+        for task in changes.tasks:
+            number = task.number
+            place = task.place
+            if not place:
+                self._fresh.pop(number, None)
+                if task.is_stored:
+                    deleted.append((number,))
+                    self.forget_body(number)
+                continue
+            hold = task.hold
+            row = (
+                task.attempt,
+                hold and hold.session,
+                hold and hold.pattern,
+                hold and hold.epoch,
+                _WAITER_SEPARATOR.join(task.waiters) if task.waiters else "",
+                task.outcome,
+                1 if place == "dead" else 0,
+                task.reason,
+                task.not_before,
+                task.expires_at,
+                task.order,
+                number,
+            )
+            if task.is_stored:
+                updated.append(row)
+                if place == "settled":
+                    emptied.append((number,))
+                    self.forget_body(number)
+            else:
+                task.is_stored = True
+                if place == "settled":
+                    body = b""
+                    self._fresh.pop(number, None)
+                else:
+                    body = self._fresh.pop(number)
+                    if hold is None:
+                        self._remember_body(number, body)
+                needs = msgspec.json.encode(task.needs).decode() if task.needs else None
+                inserted.append(
+                    (
+                        *row, task.id, task.queue, task.key, task.subject, priority_of(task.urgency),
+                        depth_of(task.urgency) or None, task.max_attempts, task.sent_at, needs, zlib.crc32(body), body,
+                        task.blob, task.size if task.blob is not None else None,
+                    )
+                )  # fmt: skip
+        for statement, rows in (
+            (DELETE_TASK, deleted), (INSERT_TASK, inserted), (UPDATE_TASK, updated), (EMPTY_TASK, emptied),
+        ):  # fmt: skip
+            if rows:
+                many(statement, rows)
+        for session, peer in changes.sessions.items():
+            if peer is None:
+                many(FORGET_SESSION, [(session,)])
+            else:
+                many(SAVE_SESSION, [(session, peer.host, peer.pid, peer.started)])
+        for session, client in changes.clients.items():
+            if client is None:
+                many(FORGET_CLIENT, [(session,)])
+            else:
+                undone = msgspec.msgpack.encode(list(client.undone))
+                many(SAVE_CLIENT, [(session, client.secret, client.done, undone)])
+        if changes.dropped:
+            many(DROP_ANSWERS, changes.dropped.items())
+        if changes.answers:
+            many(SAVE_ANSWER, [(*request, frame) for request, frame in changes.answers.items()])
+        for queue, limits in changes.limits.items():
+            if limits == QueueLimits():
+                many(FORGET_LIMITS, [(queue,)])
+            else:
+                many(SAVE_LIMITS, [(queue, msgspec.json.encode(limits).decode())])
+        for resource, capacity in changes.resources.items():
+            if capacity is None:
+                many(FORGET_RESOURCE, [(resource,)])
+            else:
+                many(SAVE_RESOURCE, [(resource, min(capacity, _NEVER))])
+
+    # --- reading ---
+
+    def _tasks(self) -> Iterator[Task]:
+        names: dict[str, str] = {}
+        needs: dict[str, Needs] = {}
+        last_sent = 0.0
+        for (
+            priority, depth, place, number, id, queue, key, subject, resources, size, sent_at, not_before, expires_at,
+            max_attempts, attempt, holder, pattern, epoch, waiters, outcome, dead, reason, blob,
+        ) in self._connection.execute(LOAD_TASKS):  # fmt: skip
+            # A million tasks share what is the same in them.
+            if place == number:
+                place = number
+            if sent_at == last_sent:
+                sent_at = last_sent
+            else:
+                last_sent = sent_at
+            if subject is not None:
+                subject = names.setdefault(subject, subject)
+            if resources is None:
+                wanted: Needs = ()
+            elif resources in needs:
+                wanted = needs[resources]
+            else:
+                wanted = needs[resources] = msgspec.json.decode(resources, type=Needs)
+            task = Task(
+                urgency_of(priority, depth or 0), place, number, id, names.setdefault(queue, queue), key, subject,
+                wanted, size, sent_at, not_before, expires_at, max_attempts, attempt,
+            )  # fmt: skip
+            if holder is not None:
+                task.hold = Hold(names.setdefault(holder, holder), pattern, epoch, 0.0)
+            if waiters:
+                task.waiters = tuple(waiters.split(_WAITER_SEPARATOR))
+            task.reason, task.is_stored, task.blob = reason, True, blob
+            if outcome is not None:
+                task.outcome, task.place = outcome, "settled"
+            elif dead:
+                task.place = "dead"
+            yield task

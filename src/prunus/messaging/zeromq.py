@@ -1,256 +1,440 @@
-"""Frames over ZeroMQ: a ROUTER in the broker, a DEALER in each peer, one Unix socket in a private folder.
+"""Frames over TCP with CURVE: a ROUTER in the broker, a DEALER in each peer.
 
 What experience with ZeroMQ taught, as rules
 - One frame a message. (`IMMEDIATE` with several parts can abort the client inside libzmq.)
-- A send never waits: one peer that does not read must not stop the others. Each has a bounded queue of ours behind
-  libzmq's; when that is full too, its connection is dropped and all is said again when it comes back.
-- `send` proves nothing: what matters is confirmed end to end.
+- libzmq counts the frames that it queues for a peer; how many bytes of these it has not read is asked of the kernel.
 - A routing id is random for each connection and gives no right: `HANDOVER` is off, the session in `Hello` counts.
-- A lost connection does not end a session. Only its lease, or the kernel's word that its process died, does.
-- The socket's folder is ours and closed to others (0700); that is who may connect.
+- HWM and `MAXMSGSIZE` do not bound what a peer makes libzmq keep: it may begin a message of many frames and never end
+  it. What came over a connection since its last whole message is therefore asked of the kernel as well.
 
-A second `bind` on the path of a socket silently takes it over. So whoever runs a server holds the lock of its profile.
+Who may connect: who holds a key that the broker knows (CurveZMQ), and only after the broker found it in its keys
+(ZAP). There is no TCP without keys. Each frame carries the key with which it came, as libzmq proved it: a peer is what
+its key says (`access`), whatever it calls itself. A key that is revoked is worth nothing from that moment: connections
+that came with it are closed and their sessions end.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import fcntl
 import logging
 import math
 import os
 import secrets
+import selectors
 import socket
-import stat
-import time
+import struct
+import termios
 from collections import deque
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
+from zmq.utils import z85
+from zmq.utils.monitor import parse_monitor_message, recv_monitor_message
 
 from prunus.errors import ProfileError
-from prunus.messaging.exchange import Exchange, NewTask
-from prunus.messaging.liveness import Obituaries
-from prunus.messaging.messages import FORWARD_BYTES, MAX_FRAME_BYTES, Peer
-from prunus.messaging.threaded import ThreadedCommunicator
+from prunus.messaging.access import Principal
+from prunus.messaging.doors import MAX_BATCH, MAX_BATCH_BYTES, Connection, Door, woken
+from prunus.messaging.keys import ClientKey, Keyring
+from prunus.messaging.liveness import boottime
+from prunus.messaging.messages import FORWARD_BYTES, MAX_FRAME_BYTES
 
-CONNECT_TIMEOUT_S = 5.0
-"""How long `connect_zmq` waits for a broker."""
-MAX_BATCH = 256
-"""Frames in one commit."""
-MAX_PATH_BYTES = 107
-"""The path of a Unix socket, with its closing zero byte, has at most this plus one (unix(7))."""
 QUEUE_FRAMES = 300
 """Frames that libzmq queues for one peer: more than a batch, few enough that a stuck peer costs little memory."""
-MAX_BACKLOG_FRAMES = 10_000
-"""Frames of ours that wait for one peer behind these."""
-MAX_BACKLOG_BYTES = 64 * 1024 * 1024
-"""Their bytes."""
+UNREAD_BYTES = 2 * 1024 * 1024
+"""About so many bytes are handed to libzmq for one peer before the kernel says that it read them."""
 RETRY_S = 0.005
-"""How soon a peer whose queue was full is tried again."""
-RECONNECT_MS = 20
-"""A client that lost its broker tries again after this ..."""
-MAX_RECONNECT_MS = 100
-"""... and at least this often."""
+"""How soon a peer whose queue was full is tried again ..."""
+MAX_RETRY_S = 0.1
+"""... and at least this often, if it does not read."""
+MAX_UNFINISHED_BYTES = 4 * MAX_FRAME_BYTES
+"""What may come over a connection without one whole message among it."""
+FLOOD_CHECK_S = 0.5
+"""How often that is looked at."""
+RECONNECT_MS, MAX_RECONNECT_MS = 20, 3000
+"""A client that lost its broker tries again after this, and at least this often."""
+HANDSHAKE_MS = 5000
+"""Who has not proved its key by then is hung up on."""
+PING_MS = 3000
+"""A connection is tried so often ..."""
+PONG_MS = 15_000
+"""... and is closed if nothing comes back for so long."""
+KEEPALIVE_S = 30
+"""After so much silence the kernel tries a connection too."""
 IO_THREADS = 1
+NEEDED_LIBZMQ = (4, 3, 5)
+"""Older ones have known holes before authentication (CVE-2019-13132, CVE-2020-15166) or lack what is used here."""
+
+_ZAP_ENDPOINT, _ZAP_DOMAIN, _ZAP_VERSION = "inproc://zeromq.zap.01", b"prunus", b"1.0"
+_NEWS_ENDPOINT = "inproc://news"
+_TCPI_BYTES_RECEIVED = 128
+"""The offset of ``tcpi_bytes_received`` in ``struct tcp_info`` (linux/tcp.h, since Linux 4.1)."""
+_CAME, _PROVED, _LEFT = zmq.EVENT_ACCEPTED, zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 logger = logging.getLogger(__name__)
+# Plain numbers: with the enumerations of pyzmq, putting the flags together costs more than sending.
+_AT_ONCE, _AT_ONCE_FIRST, _HAS_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.RCVMORE)
 
 
-def ipc_path(endpoint: str) -> Path:
-    """The path of the socket in an endpoint ``ipc:///folder/name``. Raises `ProfileError` if it can't be one."""
-    scheme, _, name = endpoint.partition("://")
-    if scheme != "ipc" or not name.startswith("/"):
-        raise ProfileError(f"{endpoint!r} is no endpoint of a broker; it must be ipc:// and an absolute path")
-    size = len(os.fsencode(name))
-    if size > MAX_PATH_BYTES - 1:
+def check_curve() -> None:
+    """Raises `ProfileError` if this libzmq can't keep a network connection safe."""
+    if not zmq.has("curve"):
+        raise ProfileError("this libzmq was built without CURVE; install pyzmq from a wheel (pip install pyzmq)")
+    if zmq.zmq_version_info() < NEEDED_LIBZMQ:
+        needed = ".".join(map(str, NEEDED_LIBZMQ))
         raise ProfileError(
-            f"the path of the socket {name} has {size} bytes, {MAX_PATH_BYTES - 1} are possible; "
-            "use a profile in a folder with a shorter path"
+            f"libzmq {zmq.zmq_version()} is too old for a network, {needed} is needed; "
+            "upgrade it with: pip install --upgrade pyzmq"
         )
-    return Path(name)
 
 
-def private_folder(folder: Path) -> None:
-    """Make sure that `folder` exists, is ours, and is closed to everybody else. Raises `ProfileError`."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid():
-        raise ProfileError(f"the folder {folder} belongs to another user; use a profile of your own")
-    if stat.S_IMODE(status.st_mode) & 0o077:
-        raise ProfileError(f"the folder {folder} is open to other users; close it with: chmod 700 {folder}")
+class NetworkConnection(Connection):
+    """A peer that came with a key."""
+
+    door: NetworkDoor
+    __slots__ = (
+        "_backlog",
+        "_backlog_bytes",
+        "_pause_s",
+        "_unread",
+        "descriptor",
+        "heard",
+        "public_key",
+        "routing_id",
+    )
+
+    def __init__(
+        self, door: NetworkDoor, routing_id: bytes, descriptor: int, public_key: str, principal: Principal
+    ) -> None:
+        super().__init__(door, principal)
+        self.routing_id, self.descriptor, self.public_key = routing_id, descriptor, public_key
+        self.heard = True
+        """Whether a whole message came since this was last looked at."""
+        self._unread = 0
+        """Bytes handed to libzmq since the kernel said that all was read."""
+        self._backlog: deque[bytes] = deque()
+        """What waits behind libzmq's queue."""
+        self._backlog_bytes = 0
+        self._pause_s = RETRY_S
+
+    @property
+    def waiting_frames(self) -> int:
+        return len(self._backlog)
+
+    @property
+    def waiting_bytes(self) -> int:
+        return self._backlog_bytes
+
+    def add(self, frame: bytes) -> None:
+        self._backlog.append(frame)
+        self._backlog_bytes += len(frame)
+
+    def clear(self) -> None:
+        self._backlog.clear()
+        self._backlog_bytes = 0
+
+    def flush(self, now: float) -> None:
+        backlog, worked = self._backlog, False
+        while backlog:
+            if not self._try(backlog[0]):
+                self._pause_s = RETRY_S if worked else min(2 * self._pause_s, MAX_RETRY_S)
+                self.retry_at = now + self._pause_s
+                return
+            worked = True
+            self._backlog_bytes -= len(backlog.popleft())
+        self._pause_s, self.retry_at = RETRY_S, math.inf
+
+    def _try(self, frame: bytes) -> bool:
+        """Hand a frame to libzmq; False if there is no room for it."""
+        if self._unread > UNREAD_BYTES:
+            if _unread(self.descriptor):
+                return False
+            self._unread = 0
+        try:
+            router = self.door.router
+            router.send(self.routing_id, _AT_ONCE_FIRST)
+            router.send(frame, _AT_ONCE)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:  # it has left: it is named among those soon
+                raise
+        self._unread += len(frame)
+        return True
 
 
-class ZmqServer:
-    """An exchange behind a ROUTER socket, in the thread that calls `run`. A context manager."""
+class NetworkDoor(Door):
+    """A ROUTER for those who hold a key: who is there, and who has left."""
 
-    def __init__(self, exchange: Exchange[bytes], endpoint: str) -> None:
-        """Bind. Raises `ProfileError` if the path or its folder can't be used."""
-        path = ipc_path(endpoint)
-        private_folder(path.parent)
-        self.endpoint = endpoint
-        self._exchange = exchange
-        self._obituaries = Obituaries()
-        exchange.on_session = self._on_session
-        for session, peer in exchange.sessions().items():
-            self._obituaries.watch(session, peer)
-        self._backlogs: dict[bytes, _Backlog] = {}
-        self._stop = False
-        self._path: Path | None = None
-        self._wake_read, self._wake_write = socket.socketpair()
-        self._wake_read.setblocking(False)
-        self._wake_write.setblocking(False)
+    def __init__(self, places: Sequence[str], keys: Keyring, max_connections: int) -> None:
+        """Raises `ProfileError` if it can't listen at one of the `places`."""
+        super().__init__()
+        check_curve()
+        self._keys = keys
+        self._max_connections = max_connections
+        self._connections: dict[bytes, NetworkConnection] = {}
+        """By routing id: those that said something."""
+        self._open: dict[int, NetworkConnection | None] = {}
+        """By descriptor: all of them."""
+        self._leaving: list[NetworkConnection] = []
+        """They have left; what they said last may still be in the socket ..."""
+        self._left: list[Connection] = []
+        """... and of these it was heard."""
+        self._unfinished: dict[int, int] = {}
+        """Of connections that needed looking at: the bytes that had come when a whole message last came."""
+        self._next_flood_check = 0.0
         self._context = zmq.Context(io_threads=IO_THREADS)
-        self._router = self._context.socket(zmq.ROUTER)
+        self.zap = self._context.socket(zmq.ROUTER)  # bound first: without it libzmq would let everybody in
+        self.zap.setsockopt(zmq.LINGER, 0)
+        self.zap.bind(_ZAP_ENDPOINT)
+        self.router: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.ROUTER_MANDATORY, 1),
             (zmq.MAXMSGSIZE, MAX_FRAME_BYTES),
             (zmq.SNDHWM, QUEUE_FRAMES),
             (zmq.RCVHWM, QUEUE_FRAMES),
+            (zmq.IPV6, int(any("[" in place for place in places))),
+            (zmq.ZAP_ENFORCE_DOMAIN, 1),
+            (zmq.CURVE_SERVER, 1),
         ):
-            self._router.setsockopt(option, value)
-        try:
-            self._router.bind(endpoint)
-        except zmq.ZMQError as error:
-            self.close()
-            raise ProfileError(f"the socket {path} can't be opened: {error.strerror}") from error
-        self._path = path
+            self.router.setsockopt(option, value)
+        self.router.setsockopt(zmq.ZAP_DOMAIN, _ZAP_DOMAIN)
+        self.router.setsockopt(zmq.CURVE_PUBLICKEY, keys.server.public_key.encode())
+        self.router.setsockopt(zmq.CURVE_SECRETKEY, keys.server.secret_key.encode())
+        _prepare_network(self.router)
+        self.router.monitor(_NEWS_ENDPOINT, _CAME | _LEFT | _FAILED)
+        self._news: zmq.Socket[bytes] = self._context.socket(zmq.PAIR)
+        self._news.rcvhwm = 0  # the io thread must never wait for us
+        self._news.connect(_NEWS_ENDPOINT)
+        self._endpoints: list[str] = []
+        for place in places:
+            try:
+                self.router.bind(place)
+            except zmq.ZMQError as error:
+                self.close()
+                raise ProfileError(f"the broker can't listen at {place}: {error.strerror}") from error
+            self._endpoints.append(self.router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0"))
 
-    def __enter__(self) -> ZmqServer:
-        return self
+    @property
+    def endpoints(self) -> list[str]:
+        return self._endpoints
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def watch(self, selector: selectors.BaseSelector) -> None:
+        for one in (self.router, self._news, self.zap):
+            selector.register(int(one.getsockopt(zmq.FD)), selectors.EVENT_READ, woken)
 
-    def put(self, tasks: Sequence[NewTask]) -> None:
-        """Store tasks of the broker's own making, and deliver them. In the thread of `run` only."""
-        self._send(self._exchange.put(time.monotonic(), tasks))
+    def has_news(self) -> bool:
+        # The descriptors of libzmq tell of a change only: what is there already has to be asked for.
+        return any(int(one.getsockopt(zmq.EVENTS)) & zmq.POLLIN for one in (self.zap, self._news, self.router))
 
-    def stop(self) -> None:
-        """Have `run` return. Thread-safe, and safe in a signal handler."""
-        self._stop = True
-        with contextlib.suppress(OSError):
-            self._wake_write.send(b"\0")
+    def due(self) -> float:
+        if self._leaving:
+            return boottime() + RETRY_S
+        return self._next_flood_check if self._open else math.inf
 
-    def run(self, each_turn: Callable[[float], None] = lambda now: None) -> None:
-        """Serve until `stop`. Raises `BrokerStoppedError`: then this process must end and start again.
+    def look(self, now: float) -> None:
+        """Hang up on those that send and send, and never end a message."""
+        if now < self._next_flood_check:
+            return
+        self._next_flood_check = now + FLOOD_CHECK_S
+        for descriptor, connection in list(self._open.items()):
+            if (came := _received(descriptor)) is None:
+                continue
+            if connection is not None and connection.heard:
+                connection.heard = False
+                self._unfinished[descriptor] = came
+            elif came - self._unfinished.setdefault(descriptor, 0) > MAX_UNFINISHED_BYTES:
+                who = "a peer" if connection is None else str(connection.principal)
+                logger.warning("%s sent %d MB without a whole message; its connection is closed", who, came >> 20)
+                self.on_refused()
+                _hang_up(descriptor)
 
-        `each_turn` is called at least once a second, between two batches, with the monotonic time.
-        """
-        poller = zmq.Poller()
-        poller.register(self._router, zmq.POLLIN)
-        poller.register(self._wake_read, zmq.POLLIN)
-        if (deaths := self._obituaries.fileno()) is not None:
-            poller.register(deaths, zmq.POLLIN)
-        while not self._stop:
-            wait_s = RETRY_S if self._backlogs else max(0.0, self._exchange.due() - time.monotonic())
-            poller.poll(_milliseconds(wait_s))
-            drained = self._serve_batch()
-            now = time.monotonic()
-            if drained:  # what the dead and the silent said last was heard first
-                if dead := self._obituaries.dead():
-                    self._send(self._exchange.expire(now, dead))
-                if now >= self._exchange.due():
-                    self._send(self._exchange.tick(now))
-            for route in list(self._backlogs):
-                self._work_off(route)
-            each_turn(now)
+    def receive(self, frames: list[tuple[Connection, bytes]]) -> bool:
+        self.answer_zap()
+        leaving, self._leaving = self._leaving, []
+        self._hear_who_left()
+        if self._receive(frames):
+            self._left += leaving  # what they said before they left was heard
+            return True
+        self._leaving += leaving
+        return False
+
+    def departed(self) -> list[Connection]:
+        left, self._left = self._left, []
+        return left
+
+    def revoked(self) -> list[Connection]:
+        return [one for one in self._connections.values() if self._keys.principal(one.public_key) != one.principal]
+
+    def forget(self, connection: Connection) -> None:
+        assert isinstance(connection, NetworkConnection)
+        if self._connections.get(connection.routing_id) is connection:
+            del self._connections[connection.routing_id]
+        connection.clear()
+
+    def hang_up(self, connection: Connection) -> None:
+        assert isinstance(connection, NetworkConnection)
+        if self._open.get(connection.descriptor) is connection:
+            _hang_up(connection.descriptor)
 
     def close(self) -> None:
-        """Close the socket (its file goes too). Idempotent."""
-        self._exchange.on_session = lambda session, peer: None
-        if not self._router.closed:
-            self._router.close()
+        if not self._context.closed:
+            self.router.disable_monitor()
+            for one in (self.router, self._news, self.zap):
+                one.close(linger=0)
             self._context.term()
-            if self._path is not None:
-                self._path.unlink(missing_ok=True)  # libzmq leaves it there
-            self._obituaries.close()
-            self._wake_read.close()
-            self._wake_write.close()
 
-    # --- inside ---
+    # --- inside: what comes ---
 
-    def _on_session(self, session: str, peer: Peer | None) -> None:
-        if peer is None:
-            self._obituaries.forget(session)
-        else:
-            self._obituaries.watch(session, peer)
-
-    def _serve_batch(self) -> bool:
-        """Deal with what came, in one commit; whether that was all."""
-        frames: list[tuple[bytes, bytes]] = []
-        drained = False
-        while len(frames) < MAX_BATCH:
+    def _receive(self, frames: list[tuple[Connection, bytes]]) -> bool:
+        """Take what is there, up to a batch; whether that was all."""
+        router, size = self.router, 0
+        for _ in range(MAX_BATCH):
             try:
-                parts = self._router.recv_multipart(zmq.NOBLOCK)
+                routing_id = router.recv(_AT_ONCE)
             except zmq.Again:
-                drained = True
-                break
-            # More than one part is no message of ours: an empty frame is none either, and is answered as that.
-            frames.append((parts[0], parts[1] if len(parts) == 2 else b""))
-        if frames:
-            self._send(self._exchange.process(time.monotonic(), frames))
-        return drained
+                return True
+            part = router.recv(copy=False)
+            frame = part.bytes
+            connection = self._who(routing_id, part)
+            while router.getsockopt(_HAS_MORE):  # more than one part is no message of ours: ...
+                router.recv()
+                frame = b""  # ... an empty frame is none either, and is answered as that
+            if connection is not None:
+                connection.heard = True
+                frames.append((connection, frame))
+                size += len(frame)
+                if size > MAX_BATCH_BYTES:
+                    return False
+        return False
 
-    def _send(self, sends: list[tuple[bytes, bytes]]) -> None:
-        for route, frame in sends:
-            backlog = self._backlogs.get(route)
-            if backlog is None:
-                if self._try(route, frame):
-                    continue
-                backlog = self._backlogs[route] = _Backlog()
-            backlog.frames.append(frame)
-            backlog.size += len(frame)
-            if len(backlog.frames) > MAX_BACKLOG_FRAMES or backlog.size > MAX_BACKLOG_BYTES:
-                logger.warning("a peer does not read; its connection is dropped, and all is said again when it is back")
-                self._drop(route)
-        if sends:
-            self._exchange.failpoint("after_send")
-
-    def _try(self, route: bytes, frame: bytes) -> bool:
-        """Hand a frame to libzmq; False if there is no room for it."""
+    def _who(self, routing_id: bytes, part: zmq.Frame) -> NetworkConnection | None:
+        """The connection on which a frame came; None if nobody may speak there."""
+        known = self._connections.get(routing_id)
         try:
-            self._router.send_multipart((route, frame), zmq.NOBLOCK, copy=True)
-        except zmq.Again:
-            return False
-        except zmq.ZMQError as error:
-            if error.errno != zmq.EHOSTUNREACH:
-                raise
-            self._drop(route)
-        return True
+            public_key = str(part.get("User-Id"))
+        except zmq.ZMQError:
+            return None
+        if known is not None and known.public_key == public_key:
+            return known
+        principal = self._keys.principal(public_key)
+        if principal is None:  # revoked a moment ago
+            return None
+        if known is not None:  # another peer under the same routing id: the first one is gone
+            self._left.append(known)
+        self._hear_who_left()  # whatever was known about this descriptor is from before
+        try:
+            descriptor = int(part.get(zmq.SRCFD))
+        except zmq.ZMQError:
+            descriptor = -1
+        connection = NetworkConnection(self, routing_id, descriptor, public_key, principal)
+        self._connections[routing_id] = connection
+        if descriptor in self._open:
+            before, self._open[descriptor] = self._open[descriptor], connection
+        else:
+            before = connection  # it said something and left
+        if before is not None:
+            self._leaving.append(before)
+        return connection
 
-    def _work_off(self, route: bytes) -> None:
-        backlog = self._backlogs.get(route)
-        while backlog is not None and backlog.frames:
-            if not self._try(route, backlog.frames[0]):
+    def _hear_who_left(self) -> None:
+        """What libzmq says about connections."""
+        while int(self._news.get(zmq.EVENTS)) & zmq.POLLIN:
+            news = parse_monitor_message(self._news.recv_multipart())
+            event, descriptor = news["event"], int(news["value"])
+            if event == _CAME:
+                self._open[descriptor] = None
+                if len(self._open) > self._max_connections:
+                    logger.warning("more than %d connections: one is refused", self._max_connections)
+                    self.on_refused()
+                    _hang_up(descriptor)
+            elif event == _LEFT:
+                self._unfinished.pop(descriptor, None)
+                connection = self._open.pop(descriptor, None)
+                if connection is not None:
+                    self._leaving.append(connection)
+            elif event != zmq.EVENT_HANDSHAKE_FAILED_AUTH:  # the keys refused that one: counted there
+                self.on_refused()
+
+    def answer_zap(self) -> None:
+        """Say who may come (ZAP, RFC 27): whose key is known now."""
+        while True:
+            try:
+                sender, empty, version, request, *asked = self.zap.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
                 return
-            backlog.size -= len(backlog.frames.popleft()) if backlog.frames else 0
-        self._backlogs.pop(route, None)
-
-    def _drop(self, route: bytes) -> None:
-        self._backlogs.pop(route, None)
-        self._exchange.drop_route(route)
-
-
-class _Backlog:
-    """Frames for a peer whose queue is full."""
-
-    __slots__ = ("frames", "size")
-
-    def __init__(self) -> None:
-        self.frames: deque[bytes] = deque()
-        self.size = 0
+            public_key = ""
+            if version == _ZAP_VERSION and len(asked) == 5 and asked[0] == _ZAP_DOMAIN and asked[3] == b"CURVE":
+                public_key = z85.encode(asked[4]).decode()
+            if self._keys.principal(public_key) is None:
+                self.on_refused()
+                address = asked[1].decode("ascii", "replace") if len(asked) > 1 else "?"
+                logger.warning(
+                    "a peer at %s came with the key %s, which nobody added: it is refused", address, public_key
+                )
+                answer = [b"400", b"unknown key", b""]
+            else:
+                answer = [b"200", b"OK", public_key.encode()]
+            self.zap.send_multipart([sender, empty, _ZAP_VERSION, request, *answer, b""], zmq.NOBLOCK)
 
 
-class ZmqTransport:
+def _hang_up(descriptor: int) -> None:
+    """End a connection of libzmq's, which then finds it broken and frees what belongs to it."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _unread(descriptor: int) -> int:
+    """Bytes in the kernel that the other side has not taken yet; 0 where this can't be known."""
+    with contextlib.suppress(OSError):
+        [size] = struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, b"\0\0\0\0"))
+        return int(size)
+    return 0
+
+
+def _received(descriptor: int) -> int | None:
+    """Bytes that came over a TCP connection so far; None where this can't be known."""
+    if not hasattr(socket, "TCP_INFO"):
+        return None
+    with contextlib.suppress(OSError, struct.error):
+        connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=descriptor)
+        try:
+            facts = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCPI_BYTES_RECEIVED + 8)
+        finally:
+            connection.detach()
+        return int(struct.unpack_from("Q", facts, _TCPI_BYTES_RECEIVED)[0])
+    return None
+
+
+def _prepare_network(router: zmq.Socket[bytes]) -> None:
+    """So that a connection which leads nowhere any more is found out, on both sides."""
+    for option, value in (
+        (zmq.TCP_KEEPALIVE, 1),
+        (zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_S),
+        (zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_S // 3),
+        (zmq.TCP_KEEPALIVE_CNT, 3),
+        (zmq.HEARTBEAT_IVL, PING_MS),
+        (zmq.HEARTBEAT_TIMEOUT, PONG_MS),
+        (zmq.HANDSHAKE_IVL, HANDSHAKE_MS),
+    ):
+        router.setsockopt(option, value)
+
+
+class NetworkTransport:
     """A DEALER, made anew whenever its connection breaks, so that every connection starts with `Hello`."""
 
-    def __init__(self, endpoint: str) -> None:
-        ipc_path(endpoint)
-        self._endpoint = endpoint
+    def __init__(self, key: ClientKey) -> None:
+        """To the broker that `key` is for, at its endpoints in turn."""
+        check_curve()
+        self._endpoints = deque(key.endpoints)
+        self._key = key
+        self.refusal: str | None = None
+        """Why the last connection came to nothing, if the broker was there but did not take it."""
+        self.on_unknown_key: Callable[[], None] = lambda: None
+        """Called in the thread of `receive` when the broker says that it does not know this key."""
+        self._proved = self._was_proved = False
         self._context = zmq.Context(io_threads=IO_THREADS)
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -258,11 +442,20 @@ class ZmqTransport:
         self._dealer: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
         self._poller = zmq.Poller()
+        self._is_told = False
+        """libzmq has said something of the connection."""
         self._waiting: deque[bytes] = deque()
+
+    @property
+    def descriptor(self) -> None:
+        """libzmq's sockets stay on one thread."""
 
     def open(self) -> None:
         self._close_sockets()
+        self._is_told = False
         dealer = self._context.socket(zmq.DEALER)
+        endpoint = self._endpoints[0]
+        self._endpoints.rotate(-1)
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.MAXMSGSIZE, MAX_FRAME_BYTES + FORWARD_BYTES),
@@ -270,41 +463,85 @@ class ZmqTransport:
             (zmq.RCVHWM, QUEUE_FRAMES),
             (zmq.RECONNECT_IVL, RECONNECT_MS),
             (zmq.RECONNECT_IVL_MAX, MAX_RECONNECT_MS),
+            (zmq.IPV6, int("[" in endpoint)),
         ):
             dealer.setsockopt(option, value)
         dealer.setsockopt(zmq.ROUTING_ID, b"p" + secrets.token_bytes(16))
-        self._monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        dealer.connect(self._endpoint)
+        dealer.setsockopt(zmq.CURVE_SERVERKEY, self._key.server_key.encode())
+        dealer.setsockopt(zmq.CURVE_PUBLICKEY, self._key.public_key.encode())
+        dealer.setsockopt(zmq.CURVE_SECRETKEY, self._key.secret_key.encode())
+        _prepare_network(dealer)
+        self._proved = False
+        self._monitor = dealer.get_monitor_socket(_LEFT | _PROVED | _FAILED)
+        dealer.connect(endpoint)
         self._dealer = dealer
         self._poller = zmq.Poller()
         self._poller.register(self._wake_read, zmq.POLLIN)
         self._poller.register(dealer, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
 
-    def send(self, frame: bytes) -> None:
-        self._waiting.append(frame)
-        self._flush()
-
-    def wait(self, timeout_s: float) -> tuple[list[bytes], str | None]:
+    def receive(self) -> tuple[list[bytes], str | None]:
         dealer, monitor = self._dealer, self._monitor
         assert dealer is not None, "open comes first"
         assert monitor is not None
-        self._flush()
-        self._poller.modify(dealer, zmq.POLLIN | zmq.POLLOUT if self._waiting else zmq.POLLIN)
-        ready = dict(self._poller.poll(_milliseconds(timeout_s)))
-        with contextlib.suppress(BlockingIOError):
-            if self._wake_read.fileno() in ready:
-                self._wake_read.recv(4096)
         frames: list[bytes] = []
         with contextlib.suppress(zmq.Again):
             while len(frames) < MAX_BATCH:
-                parts = dealer.recv_multipart(zmq.NOBLOCK)
-                frames.append(parts[0] if len(parts) == 1 else b"")
+                frame = dealer.recv(_AT_ONCE)
+                while dealer.getsockopt(_HAS_MORE):
+                    dealer.recv()
+                    frame = b""
+                frames.append(frame)
+        return frames, self._hear(monitor) if self._is_told else None
+
+    def send(self, frame: bytes) -> None:
+        self._waiting.append(frame)
+
+    def flush(self) -> None:
+        assert self._dealer is not None, "open comes first"
+        while self._waiting:
+            try:
+                self._dealer.send(self._waiting[0], _AT_ONCE)
+            except zmq.Again:
+                break
+            self._waiting.popleft()
+        self._poller.modify(self._dealer, zmq.POLLIN | zmq.POLLOUT if self._waiting else zmq.POLLIN)
+
+    def wait(self, timeout_s: float, *, for_frames: bool = True) -> bool:
+        ready = dict(self._poller.poll(_milliseconds(timeout_s)))
+        self._is_told = self._monitor in ready
+        if self._wake_read.fileno() in ready:
+            with contextlib.suppress(BlockingIOError):
+                self._wake_read.recv(4096)
+        return bool(ready)
+
+    def has_news(self) -> bool:
+        return False
+
+    def _hear(self, monitor: zmq.Socket[bytes]) -> str | None:
+        """What libzmq says about the connection; why it broke, if it did.
+
+        One that never came about is no broken one: libzmq tries again, more and more slowly.
+        """
         broken = None
-        if monitor in ready:
-            recv_monitor_message(monitor)
-            broken = "the connection broke"
-        return frames, broken
+        while monitor.poll(0):
+            event = recv_monitor_message(monitor)["event"]
+            if event == _PROVED:
+                self._proved, self._was_proved, self.refusal = True, True, None
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self._refuse("does not know this key, or it was revoked")
+                self.on_unknown_key()
+            elif event != _LEFT:
+                self._refuse("does not speak as this key expects: it has other keys, or is no broker")
+            elif self._proved:
+                broken = "the connection broke"
+        return broken
+
+    def _refuse(self, reason: str) -> None:
+        if self.refusal is None:
+            self.refusal = reason
+            if self._was_proved:  # nobody waits for a first connection that could tell
+                logger.warning("the broker that the key %r is for %s; it is tried again", self._key.name, reason)
 
     def wake(self) -> None:
         with contextlib.suppress(OSError):  # full: it is awake; closed: it is gone
@@ -316,14 +553,8 @@ class ZmqTransport:
         self._wake_read.close()
         self._wake_write.close()
 
-    def _flush(self) -> None:
-        assert self._dealer is not None, "open comes first"
-        while self._waiting:
-            try:
-                self._dealer.send(self._waiting[0], zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            self._waiting.popleft()
+    def close_descriptor(self) -> None:
+        """There is none."""
 
     def _close_sockets(self) -> None:
         self._waiting.clear()
@@ -333,22 +564,6 @@ class ZmqTransport:
         if self._monitor is not None:
             self._monitor.close(linger=0)
         self._dealer = self._monitor = None
-
-
-async def connect_zmq(
-    endpoint: str, *, name: str = "peer", timeout_s: float = CONNECT_TIMEOUT_S
-) -> ThreadedCommunicator:
-    """A communicator at the broker that serves `endpoint`; leave it with `close` or ``async with``.
-
-    Raises `ConnectionLostError` if no broker answers within `timeout_s`, `ProfileError` for an impossible endpoint.
-    """
-    communicator = ThreadedCommunicator(ZmqTransport(endpoint), endpoint, name)
-    try:
-        await communicator.connected(timeout_s)
-    except BaseException:  # also cancelled: the thread must not stay
-        await asyncio.shield(communicator.close())
-        raise
-    return communicator
 
 
 def _milliseconds(seconds: float) -> int:

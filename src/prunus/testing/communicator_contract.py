@@ -18,26 +18,37 @@ fixture: an async function that returns a new peer of one broker, whose service 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import os
 import sqlite3
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from prunus.errors import (
+    BlobNotFoundError,
     BusyError,
     CommunicatorClosedError,
+    DeadLetterError,
     DuplicateSubscriberError,
     IndeterminateError,
     InvalidStateError,
     MessageTooLargeError,
     RemoteError,
+    TaskDeletedError,
     TaskRejectedError,
+    UnknownResourceError,
     UnroutableError,
 )
-from prunus.messaging.communicator import MAX_BODY_BYTES, Broadcast, Communicator, IncomingTask
+from prunus.messaging import deliveries
+from prunus.messaging.access import Role
+from prunus.messaging.communicator import MAX_BODY_BYTES, BlobRef, Broadcast, Communicator, IncomingTask, TakenTask
 from prunus.messaging.exchange import NewTask, Served
+from prunus.messaging.inventory import QueueLimits
 
 Connect = Callable[[], Awaitable[Communicator]]
 SHORT_S = 0.05
@@ -58,7 +69,7 @@ class ContractService:
         connection.execute("CREATE TABLE IF NOT EXISTS word (word TEXT NOT NULL)")
         connection.execute("CREATE TABLE IF NOT EXISTS timer (at REAL NOT NULL, queue TEXT NOT NULL)")
 
-    def left(self, session: str) -> tuple[NewTask, ...]:
+    def left(self, session: str, lost: object) -> tuple[NewTask, ...]:
         return ()
 
     def due(self) -> float | None:
@@ -71,7 +82,7 @@ class ContractService:
         self._connection.execute("DELETE FROM timer WHERE at <= ?", (now,))
         return tuple(NewTask(queue=queue, body=b"made by a timer") for (queue,) in fired)
 
-    def execute(self, request: bytes, session: str) -> Served:
+    def execute(self, request: bytes, session: str, role: Role) -> Served:
         match request.decode().split():
             case ["add", word]:
                 self._connection.execute("INSERT INTO word VALUES (?)", (word,))
@@ -126,6 +137,12 @@ class Inbox:
 
 async def echo(body: bytes) -> bytes:
     return body
+
+
+async def _sent(peer: Communicator) -> TakenTask:
+    """A task of the queue ``fetched``."""
+    await peer.task_send(b"", queue="fetched")
+    return await peer.next_task(queue="fetched")
 
 
 async def never(body: bytes) -> bytes:
@@ -378,6 +395,384 @@ class CommunicatorContract:
         assert await asyncio.gather(*(receipt.result() for receipt in receipts)) == bodies
         assert sorted(done) == sorted(bodies)
 
+    async def test_a_subject_pattern_chooses_tasks(self, connect: Connect) -> None:
+        """A subscriber gets the tasks of its queue whose subject matches, each by a credit of its own; one without a
+        pattern gets all; what nobody asks for waits."""
+        sender, worker = await connect(), await connect()
+        copper, water, everything = Inbox(), Inbox(), Inbox()
+        await worker.add_task_subscriber(copper, subject="fit.cu")
+        await worker.add_task_subscriber(water, subject="md.#")
+        for subject in ("fit.cu", "md.water.long", "fit.al", None):
+            await sender.task_send(str(subject).encode(), subject=subject)
+        task = await copper.next()
+        assert (task.subject, task.body) == ("fit.cu", b"fit.cu")
+        assert (await water.next()).body == b"md.water.long"
+        await worker.add_task_subscriber(everything, credit=2)
+        assert [(await everything.next()).body for _ in range(2)] == [b"fit.al", b"None"]
+        await sender.task_send(b"next", subject="fit.cu")
+        copper.ack(task)
+        assert (await copper.next()).body == b"next"
+
+    async def test_two_subscribers_with_one_pattern_share_it(self, connect: Connect) -> None:
+        """Their credits add up; when one cancels, the other goes on with its own."""
+        sender, worker = await connect(), await connect()
+        inboxes = Inbox(), Inbox()
+        first = await worker.add_task_subscriber(inboxes[0], subject="a.*")
+        await worker.add_task_subscriber(inboxes[1], subject="a.*")
+        for number in range(3):
+            await sender.task_send(b"%d" % number, subject="a.b")
+        tasks = [await inboxes[0].next(), await inboxes[1].next()]
+        assert {task.body for task in tasks} == {b"0", b"1"}
+        await first.cancel()
+        inboxes[0].ack(tasks[0])
+        inboxes[1].ack(tasks[1])
+        assert (await inboxes[1].next()).body == b"2"
+        assert inboxes[0].came.empty()
+
+    async def test_a_task_is_not_delivered_before_its_time(self, connect: Connect) -> None:
+        """``not_before``: it is delayed and seen as that; then it comes."""
+        sender, worker = await connect(), await connect()
+        inbox = Inbox()
+        start = datetime.now(UTC) + timedelta(seconds=0.2)
+        receipt = await sender.task_send(b"later", not_before=start)
+        await sender.task_send(b"now")
+        [info] = await sender.tasks(task=receipt.id)
+        assert info.place == "delayed"
+        assert info.due_at == pytest.approx(start.timestamp(), abs=0.01)
+        await worker.add_task_subscriber(inbox, credit=2)
+        assert [(await inbox.next()).body for _ in range(2)] == [b"now", b"later"]
+        assert datetime.now(UTC) >= start
+
+    async def test_a_task_that_expired_is_a_dead_letter(self, connect: Connect) -> None:
+        """``expires_at``: nobody gets it any more, its sender hears why, and it stays until somebody looks."""
+        sender, worker = await connect(), await connect()
+        inbox = Inbox()
+        past = datetime.now(UTC) - timedelta(seconds=1)
+        receipt = await sender.task_send(b"late", expires_at=past, want_result=True)
+        with pytest.raises(DeadLetterError) as error:
+            await receipt.result()
+        assert error.value.task == receipt.id
+        [letter] = await sender.tasks(place="dead")
+        assert letter.id == receipt.id
+        assert letter.reason
+        await worker.add_task_subscriber(inbox)
+        await sender.task_send(b"fresh")
+        assert (await inbox.next()).body == b"fresh"
+
+    async def test_moments_need_a_time_zone(self, connect: Connect) -> None:
+        """A moment without one could be any of two dozen."""
+        peer = await connect()
+        nowhere = datetime(2030, 1, 1)
+        for sending in (peer.task_send(b"", not_before=nowhere), peer.task_send(b"", expires_at=nowhere)):
+            with pytest.raises(ValueError, match="time zone"):
+                await sending
+
+    async def test_a_task_that_nobody_can_do_is_a_dead_letter(self, connect: Connect) -> None:
+        """After ``max_attempts`` rejections its sender gets the last reason; requeued, it is as good as new."""
+        sender, worker = await connect(), await connect()
+        inbox = Inbox()
+        subscription = await worker.add_task_subscriber(inbox)
+        receipt = await sender.task_send(b"poison", max_attempts=2, want_result=True)
+        for attempt in (1, 2):
+            task = await inbox.next()
+            assert task.attempt == attempt
+            inbox.fail(task, TaskRejectedError("not today"))
+        with pytest.raises(DeadLetterError, match="not today"):
+            await receipt.result()
+        await subscription.cancel()
+        assert await sender.requeue(receipt.id) == 1
+        async with await worker.next_task() as again:
+            assert (again.id, again.attempt) == (receipt.id, 1)
+
+    async def test_a_later_task_replaces_a_pending_one(self, connect: Connect) -> None:
+        """``if_pending="replace"``: the later body comes, once, in the place of the first, whose sender is told."""
+        sender, worker = await connect(), await connect()
+        first = await sender.task_send(b"first", key="k", want_result=True)
+        await sender.task_send(b"behind")
+        second = await sender.task_send(b"second", key="k", want_result=True, if_pending="replace")
+        assert second.stored
+        assert second.id != first.id
+        with pytest.raises(TaskDeletedError, match="replaced"):
+            await first.result()
+        inbox = Inbox()
+        await worker.add_task_subscriber(inbox, credit=5)
+        task = await inbox.next()
+        assert [task.body, (await inbox.next()).body] == [b"second", b"behind"]
+        inbox.ack(task, b"done")
+        assert await second.result() == b"done"
+        assert inbox.came.empty()
+
+    async def test_tasks_share_a_resource(self, connect: Connect) -> None:
+        """No more tokens are taken than there are; a resource that nobody configured is refused by name."""
+        sender, worker = await connect(), await connect()
+        with pytest.raises(UnknownResourceError) as error:
+            await sender.task_send(b"", resources={"gpu": 1})
+        assert (error.value.resource, error.value.wanted) == ("gpu", 1)
+        await sender.configure_resource("gpu", 2)
+        inbox = Inbox()
+        await worker.add_task_subscriber(inbox, credit=5)
+        for number in range(3):
+            await sender.task_send(b"%d" % number, resources={"gpu": 1})
+        await sender.task_send(b"free")
+        tasks = [await inbox.next() for _ in range(3)]
+        assert {task.body for task in tasks} == {b"0", b"1", b"free"}
+        assert (await sender.statistics()).resources["gpu"].taken == 2
+        inbox.ack(tasks[0])
+        assert (await inbox.next()).body == b"2"
+
+    async def test_misuse_of_a_task_is_said_at_once(self, connect: Connect) -> None:
+        """What can't be meant is refused before it is sent."""
+        peer = await connect()
+        for wrong, word in (
+            ({"max_attempts": -1}, "max_attempts"),
+            ({"priority": 2.5}, "priority"),
+            ({"if_pending": "forget"}, "if_pending"),
+            ({"resources": {"gpu": -1}}, "gpu"),
+            ({"queue": "x" * 2000}, "name"),
+        ):
+            with pytest.raises(ValueError, match=word):
+                await peer.task_send(b"", **wrong)
+        with pytest.raises(ValueError, match="credit"):
+            await peer.add_task_subscriber(Inbox(), credit=-1)
+        for page in (0, 100_000):
+            with pytest.raises(ValueError, match="page"):
+                await peer.tasks(limit=page)
+        for timeout_s in (-1.0, float("inf"), float("nan")):
+            with pytest.raises(ValueError, match="time-out"):
+                await peer.rpc_send("name", b"", timeout_s=timeout_s)
+        for limits in (QueueLimits(burst=1.5), QueueLimits(max_length="many")):  # type: ignore[arg-type]
+            with pytest.raises(ValueError, match="limits"):
+                await peer.configure_queue("q", limits)
+        for name in ("\ud800", "x" * 2000):
+            with pytest.raises(ValueError, match="name"):
+                await peer.add_task_subscriber(Inbox(), queue=name)
+        with pytest.raises(ValueError, match="place"):
+            await peer.tasks(place="nowhere")  # type: ignore[arg-type]
+        for edit in (peer.requeue(), peer.delete()):
+            with pytest.raises(ValueError, match="which tasks"):
+                await edit
+
+    # --- fetching one task ---
+
+    async def test_next_task_fetches_one(self, connect: Connect) -> None:
+        """One task and no other; leaving the block acknowledges it, and the next call gets the next one."""
+        sender, worker, other = await connect(), await connect(), await connect()
+        receipt = await sender.task_send(b"1", want_result=True)
+        await sender.task_send(b"2")
+        async with await worker.next_task() as task:
+            assert (task.id, task.body, task.attempt) == (receipt.id, b"1", 1)
+            async with await other.next_task(timeout_s=10) as second:
+                assert second.body == b"2", "it stayed at the broker"
+        assert await receipt.result() == b""
+        await sender.task_send(b"3")
+        async with await worker.next_task() as task:
+            assert task.body == b"3"
+
+    async def test_next_task_settles_as_it_is_told(self, connect: Connect) -> None:
+        """`acknowledge` with a result, `fail` with an error, `reject`: each once; leaving the block changes nothing."""
+        sender, worker = await connect(), await connect()
+        receipts = [await sender.task_send(b"%d" % number, want_result=True) for number in range(2)]
+        async with await worker.next_task() as task:
+            await task.reject("later")
+        async with await worker.next_task(timeout_s=10) as other:
+            assert other.body == b"1", "a rejected one waits a moment"
+            await other.fail(KeyError("x"))
+            await other.acknowledge(b"too late")
+        with pytest.raises(RemoteError, match="KeyError"):
+            await receipts[1].result()
+        async with await worker.next_task() as again:
+            assert (again.id, again.attempt) == (task.id, 2)
+            await again.acknowledge(b"42")
+        assert await receipts[0].result() == b"42"
+
+    async def test_an_exception_gives_a_fetched_task_back(self, connect: Connect) -> None:
+        """So does the end of the communicator."""
+        sender, worker, other = await connect(), await connect(), await connect()
+        await sender.task_send(b"1")
+        with pytest.raises(ZeroDivisionError):
+            async with await worker.next_task():
+                raise ZeroDivisionError
+        task = await worker.next_task()
+        assert task.attempt == 2
+        await worker.close()
+        async with await other.next_task() as again:
+            assert (again.id, again.body) == (task.id, b"1")
+
+    async def test_next_task_of_an_empty_queue(self, connect: Connect) -> None:
+        """`TimeoutError`, at once or in time; a task that comes later goes to somebody else."""
+        sender, worker, other = await connect(), await connect(), await connect()
+        for timeout_s in (0, SHORT_S):
+            with pytest.raises(TimeoutError, match="empty"):
+                await worker.next_task(queue="empty", timeout_s=timeout_s)
+        await sender.task_send(b"1", queue="empty")
+        async with await other.next_task(queue="empty", timeout_s=0) as task:
+            assert (task.body, task.attempt) == (b"1", 1)
+
+    async def test_next_task_that_is_cancelled_takes_nothing(self, connect: Connect) -> None:
+        """Neither while it waits, nor when its task is on the way: the task is another's, as its first attempt."""
+        sender, worker, other = await connect(), await connect(), await connect()
+        for number in range(20):
+            fetching = asyncio.create_task(worker.next_task())
+            await worker.broadcast_send(b"")  # by then it waits at the broker
+            sending = asyncio.create_task(sender.task_send(b"%d" % number))
+            for _ in range(number):
+                await asyncio.sleep(0)
+            fetching.cancel()
+            try:
+                taken = await fetching
+            except asyncio.CancelledError:
+                taken = await other.next_task()
+            await sending
+            async with taken:
+                assert (taken.body, taken.attempt) == (b"%d" % number, 1)
+
+    async def test_next_task_by_subject(self, connect: Connect) -> None:
+        """It fetches what matches, past older ones that don't."""
+        peer = await connect()
+        await peer.task_send(b"1", subject="a.x")
+        await peer.task_send(b"2", subject="b.x")
+        async with await peer.next_task(subject="b.*") as task:
+            assert task.body == b"2"
+
+    async def test_next_task_beside_a_handler(self, connect: Connect) -> None:
+        """A fetched task takes no room of a handler on the same queue, and leaves it none."""
+        sender, worker = await connect(), await connect()
+        inbox = Inbox()
+        await worker.add_task_subscriber(inbox, credit=1)
+        await sender.task_send(b"1")
+        held = await inbox.next()
+        await sender.task_send(b"2")
+        async with await worker.next_task() as task:
+            assert task.body == b"2"
+            await sender.task_send(b"3")
+            inbox.ack(held)
+            held = await inbox.next()
+            assert held.body == b"3"
+        await sender.task_send(b"4")
+        assert await worker.call([]) == []
+        assert inbox.came.empty()
+        inbox.ack(held)
+        assert (await inbox.next()).body == b"4"
+
+    async def test_a_call_settles_a_fetched_task(self, connect: Connect) -> None:
+        """It is done with the commit of the call; leaving the block says nothing more."""
+        sender, worker = await connect(), await connect()
+        receipt = await sender.task_send(b"1", want_result=True)
+        async with await worker.next_task() as task:
+            assert await worker.call([b"add a"], acks=[task]) == [b"1"]
+            assert await receipt.result() == b""
+        assert (await sender.statistics()).sessions[worker.session].subscriptions == 0
+        with pytest.raises(TimeoutError):
+            await worker.next_task(timeout_s=0)
+
+    # --- looking into queues, and changing them ---
+
+    async def test_looking_into_a_queue(self, connect: Connect) -> None:
+        """Every task with where it is, in the order in which they were accepted, page by page; nothing is taken."""
+        sender, worker = await connect(), await connect()
+        inbox = Inbox()
+        for number in range(5):
+            await sender.task_send(b"%d" % number, queue="seen", key=f"k{number}", subject="s", priority=number)
+        await sender.task_send(b"elsewhere", queue="other")
+        await worker.add_task_subscriber(inbox, queue="seen")
+        held = await inbox.next()
+        first = await sender.tasks("seen", limit=3, bodies=True)
+        rest = await sender.tasks("seen", limit=3, after=first[-1].order)
+        assert [info.body for info in first] == [b"0", b"1", b"2"]
+        assert [info.key for info in rest] == ["k3", "k4"]
+        assert [info.place for info in (*first, *rest)] == ["ready"] * 4 + ["held"]
+        info = rest[-1]
+        assert (info.id, info.holder, info.attempt, info.size) == (held.id, worker.session, 1, 1)
+        assert (info.priority, info.subject, info.body) == (4, "s", None)
+        assert [info.id for info in await sender.tasks(place="held")] == [held.id]
+        assert [info.key for info in await sender.tasks(key="k1")] == ["k1"]
+        assert await sender.tasks("nothing here") == []
+
+    async def test_deleting_tasks(self, connect: Connect) -> None:
+        """Their senders are told; one that is held is left alone."""
+        sender, worker = await connect(), await connect()
+        inbox = Inbox()
+        held, doomed, spared = [await sender.task_send(b"%d" % number, want_result=True) for number in range(3)]
+        await worker.add_task_subscriber(inbox)
+        task = await inbox.next()
+        assert await sender.delete(held.id, doomed.id, "nobody") == 1
+        with pytest.raises(TaskDeletedError) as error:
+            await doomed.result()
+        assert error.value.task == doomed.id
+        inbox.ack(task, b"done")
+        assert await held.result() == b"done"
+        assert (await inbox.next()).id == spared.id
+
+    async def test_purging_a_queue(self, connect: Connect) -> None:
+        """All that nobody holds is gone, the dead too; other queues are as they were."""
+        sender = await connect()
+        past = datetime.now(UTC) - timedelta(seconds=1)
+        for number in range(3):
+            await sender.task_send(b"%d" % number, queue="full")
+        await sender.task_send(b"dead", queue="full", expires_at=past)
+        await sender.task_send(b"other", queue="other")
+        held = await sender.next_task(queue="full")
+        assert await sender.purge("full") == 3
+        assert [info.id for info in await sender.tasks("full")] == [held.id]
+        assert len(await sender.tasks("other")) == 1
+        await held.acknowledge()
+
+    async def test_purging_a_long_queue(self, connect: Connect) -> None:
+        """Others are served meanwhile; what they send after it is answered is kept."""
+        sender, other = await connect(), await connect()
+        await asyncio.gather(*(sender.task_send(b"", queue="long") for _ in range(2500)))
+        purge = asyncio.create_task(sender.purge("long"))
+        await other.task_send(b"other", queue="other")
+        assert await purge == 2500
+        kept = await other.task_send(b"", queue="long")
+        assert [info.id for info in await sender.tasks("long")] == [kept.id]
+        assert len(await sender.tasks("other")) == 1
+
+    async def test_requeuing_all_dead_letters(self, connect: Connect) -> None:
+        """Of a queue, in one go."""
+        sender = await connect()
+        for queue in ("dead", "dead", "other"):
+            await sender.task_send(b"x", queue=queue, max_attempts=1)
+            task = await sender.next_task(queue=queue)
+            await task.reject("a test")
+        assert [info.reason for info in await sender.tasks("dead", place="dead")] == ["a test", "a test"]
+        assert await sender.requeue(queue="dead", place="dead") == 2
+        assert [info.place for info in await sender.tasks("dead")] == ["ready", "ready"]
+        assert len(await sender.tasks(place="dead")) == 1
+
+    async def test_a_queue_has_limits(self, connect: Connect) -> None:
+        """How many may be held at once, how many may be there: changeable at any time, and seen."""
+        sender, worker = await connect(), await connect()
+        inbox = Inbox()
+        await sender.configure_queue("q", QueueLimits(concurrency=1, max_length=3))
+        await worker.add_task_subscriber(inbox, queue="q", credit=5)
+        for number in range(3):
+            await sender.task_send(b"%d" % number, queue="q")
+        with pytest.raises(BusyError):
+            await sender.task_send(b"3", queue="q")
+        await inbox.next()
+        assert await worker.call([]) == []
+        assert inbox.came.empty()
+        assert (await sender.statistics()).queues["q"].limits.concurrency == 1
+        await sender.configure_queue("q", QueueLimits())
+        assert [(await inbox.next()).body for _ in range(2)] == [b"1", b"2"]
+
+    async def test_statistics(self, connect: Connect) -> None:
+        """Queues, sessions and counts, as they are now."""
+        sender, worker = await connect(), await connect()
+        inbox = Inbox()
+        await worker.add_task_subscriber(inbox, queue="q", credit=2)
+        for _ in range(4):
+            await sender.task_send(b"", queue="q")
+        inbox.ack(await inbox.next())
+        await inbox.next()
+        await inbox.next()
+        numbers = await sender.statistics()
+        queue, session = numbers.queues["q"], numbers.sessions[worker.session]
+        assert (queue.ready, queue.held, queue.accepted, queue.settled) == (1, 2, 4, 1)
+        assert (session.connected, session.held, session.pid) == (True, 2, os.getpid())
+        assert numbers.accepted >= 4
+
     # --- questions ---
 
     async def test_a_question_is_answered(self, connect: Connect) -> None:
@@ -485,10 +880,12 @@ class CommunicatorContract:
         [
             (None, None, [b"1", b"2", b"3"]),
             ("p1", None, [b"1", b"2"]),
-            ("p*", "state.*", [b"1", b"3"]),
+            ("p*", "state.#", [b"1", b"3"]),
+            ("p*", "state.*", []),
             (None, "state.*.finished", [b"3"]),
             ("p1", "other", [b"2"]),
-            ("*", "*", [b"1", b"2", b"3"]),
+            ("*", "#", [b"1", b"2", b"3"]),
+            ("*", "*", [b"2"]),
             ("p", None, []),
         ],
     )
@@ -583,8 +980,25 @@ class CommunicatorContract:
         task = await inbox.next()
         assert await worker.call([b"add a"], acks=[task]) == [b"1"]
         assert await first.result() == b""
+        assert (await inbox.next()).body == b"2", "though the first handler goes on"
         inbox.fail(task, ValueError("after the end"))
-        assert (await inbox.next()).body == b"2"
+        await sender.task_send(b"3")
+        assert await worker.call([]) == []
+        assert inbox.came.empty(), "the end of the first one frees no place again"
+
+    async def test_a_call_may_depend_on_a_task_in_hand(self, connect: Connect) -> None:
+        """A call that says "as long as I hold this task" does nothing once the task is done with."""
+        sender, worker = await connect(), await connect()
+        inbox = Inbox()
+        await worker.add_task_subscriber(inbox)
+        await sender.task_send(b"")
+        task = await inbox.next()
+        assert await worker.call([b"add a"], holding=[task]) == [b"1"]
+        assert await worker.call([b"add b"], acks=[task], holding=[task]) == [b"2"]
+        with pytest.raises(TaskRejectedError):
+            await worker.call([b"add c"], holding=[task])
+        assert await worker.call([b"words"]) == [b"a b"]
+        inbox.ack(task)
 
     async def test_a_call_frees_the_key_for_the_task_that_it_causes(self, connect: Connect) -> None:
         """The new task of a call has the key of the task that it acknowledges: it is delivered at once."""
@@ -597,6 +1011,230 @@ class CommunicatorContract:
         following = await inbox.next()
         assert (following.key, following.body) == ("k", b"made by the service")
         inbox.ack(task)
+
+    # --- handlers ---
+
+    async def test_plain_handlers_run_in_worker_threads(self, connect: Connect) -> None:
+        """A plain ``def`` may wait without stopping anybody: others answer meanwhile; each has its subscriber's
+        context."""
+        asker, answerer = await connect(), await connect()
+        threads: set[int] = set()
+        go_on = threading.Event()
+        mark: ContextVar[str] = ContextVar("mark")
+        mark.set("the subscriber's")
+
+        def question(body: bytes) -> bytes:
+            threads.add(threading.get_ident())
+            go_on.wait()
+            return mark.get().encode()
+
+        def task(task: IncomingTask) -> bytes:
+            threads.add(threading.get_ident())
+            return task.body * 2
+
+        def heard(broadcast: Broadcast) -> None:
+            threads.add(threading.get_ident())
+            go_on.set()
+
+        await answerer.add_rpc_subscriber(question, "plain")
+        await answerer.add_rpc_subscriber(echo, "echo")
+        await answerer.add_task_subscriber(task)
+        await answerer.add_broadcast_subscriber(heard)
+        mark.set("changed since")
+        asked = asyncio.create_task(asker.rpc_send("plain", b"", timeout_s=1000))
+        assert await asker.rpc_send("echo", b"x") == b"x"
+        assert await (await asker.task_send(b"ab", want_result=True)).result() == b"abab"
+        assert not asked.done()
+        await asker.broadcast_send(b"")
+        assert await asked == b"the subscriber's"
+        assert threading.get_ident() not in threads
+
+    async def test_a_plain_handler_may_return_something_to_await(self, connect: Connect) -> None:
+        """As a lambda around a coroutine function does."""
+        peer = await connect()
+        await peer.add_rpc_subscriber(lambda body: echo(body + b"!"), "lambda")
+        assert await peer.rpc_send("lambda", b"x") == b"x!"
+
+    async def test_errors_of_plain_handlers_are_answers_too(self, connect: Connect) -> None:
+        """`StopIteration` as well, which no future can hold."""
+        peer = await connect()
+
+        def fail(body: bytes) -> bytes:
+            raise StopIteration if body == b"stop" else ValueError("mine")
+
+        await peer.add_rpc_subscriber(fail, "fail")
+        with pytest.raises(RemoteError, match="mine"):
+            await peer.rpc_send("fail", b"")
+        with pytest.raises(RemoteError, match="StopIteration"):
+            await peer.rpc_send("fail", b"stop")
+
+    async def test_a_handler_may_use_its_communicator(self, connect: Connect) -> None:
+        """A question to itself, a task, a broadcast, a new name: in handlers of all three kinds."""
+        peer = await connect()
+        heard: asyncio.Queue[bytes] = asyncio.Queue()
+
+        async def work(task: IncomingTask) -> bytes:
+            answer = await peer.rpc_send("busy", task.body)
+            await peer.broadcast_send(answer, sender="work")
+            return answer
+
+        async def busy(body: bytes) -> bytes:
+            subscription = await peer.add_rpc_subscriber(echo, "inner")
+            answer = await peer.rpc_send("inner", body)
+            await subscription.cancel()
+            return answer + b"!"
+
+        async def listen(broadcast: Broadcast) -> None:
+            await heard.put(await peer.rpc_send("busy", broadcast.body))
+
+        await peer.add_rpc_subscriber(busy, "busy")
+        await peer.add_task_subscriber(work)
+        await peer.add_broadcast_subscriber(listen, sender="work")
+        receipt = await peer.task_send(b"x", want_result=True)
+        assert await receipt.result() == b"x!"
+        assert await heard.get() == b"x!!"
+
+    async def test_a_remote_error_has_all_of_it(self, connect: Connect) -> None:
+        """Type, message, traceback and cause, of questions and of tasks."""
+        peer = await connect()
+
+        async def fail(argument: object) -> bytes:
+            try:
+                raise KeyError("inner")
+            except KeyError as error:
+                raise LookupError("outer") from error
+
+        await peer.add_rpc_subscriber(fail, "fail")
+        await peer.add_task_subscriber(fail)
+        receipt = await peer.task_send(b"", want_result=True)
+        for answer in (peer.rpc_send("fail", b""), receipt.result()):
+            with pytest.raises(RemoteError) as error:
+                await answer
+            failure = error.value.failure
+            assert (failure.type, failure.message) == ("LookupError", "outer")
+            assert "in fail" in failure.traceback
+            assert failure.cause is not None
+            assert (failure.cause.type, failure.cause.message) == ("KeyError", "'inner'")
+
+    async def test_words_that_can_not_be_encoded(self, connect: Connect) -> None:
+        """An error with the name of a file in another encoding is an answer like others, of questions and of tasks."""
+        asker, answerer = await connect(), await connect()
+        name = b"caf\xe9".decode("utf-8", "surrogateescape")
+
+        async def fail(argument: object) -> bytes:
+            if isinstance(argument, bytes):
+                raise FileNotFoundError(name)
+            raise TaskRejectedError(name)
+
+        await answerer.add_rpc_subscriber(fail, "fail")
+        await answerer.add_task_subscriber(fail)
+        with pytest.raises(RemoteError, match=r"caf\\udce9"):
+            await asker.rpc_send("fail", b"")
+        receipt = await asker.task_send(b"", want_result=True, max_attempts=1)
+        with pytest.raises(DeadLetterError, match=r"caf\\udce9"):
+            await receipt.result()
+        async with await _sent(asker) as task:
+            await task.reject(name)
+        async with await asker.next_task(queue="fetched") as task:
+            await task.fail(OSError(name))
+
+    async def test_what_can_not_be_sent_back_is_an_error(self, connect: Connect) -> None:
+        """A task's result that is no bytes, or too large, is an error to its sender: not silence, and not a retry."""
+        peer = await connect()
+
+        async def work(task: IncomingTask) -> bytes:
+            return bytes(MAX_BODY_BYTES + 1) if task.body == b"large" else {"no": "bytes"}  # type: ignore[return-value]
+
+        await peer.add_task_subscriber(work)
+        with pytest.raises(MessageTooLargeError):
+            await (await peer.task_send(b"large", want_result=True)).result()
+        with pytest.raises(RemoteError, match="must return bytes, not dict"):
+            await (await peer.task_send(b"", want_result=True)).result()
+
+    async def test_a_loop_that_is_gone_gives_its_tasks_back(self, connect: Connect) -> None:
+        """A handler whose loop was closed does not keep its task: it goes to somebody else."""
+        sender, worker, other = await connect(), await connect(), await connect()
+        got = threading.Event()
+
+        async def elsewhere() -> None:
+            async def hold(task: IncomingTask) -> None:
+                got.set()
+                await asyncio.get_running_loop().create_future()
+
+            await worker.add_task_subscriber(hold, credit=2)
+            while not got.is_set():
+                await worker.broadcast_send(b"")
+
+        held = await sender.task_send(b"1")
+        await asyncio.to_thread(asyncio.run, elsewhere())
+        later = await sender.task_send(b"2")
+        inbox = Inbox()
+        await other.add_task_subscriber(inbox, credit=2)
+        assert {(await inbox.next()).id, (await inbox.next()).id} == {held.id, later.id}
+        numbers = await sender.statistics()
+        assert numbers.sessions[worker.session].subscriptions == 0
+        assert numbers.delivered < 10, "it was not offered to the closed loop over and over"
+
+    # --- bounds ---
+
+    async def test_too_many_questions(self, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who has as many in hand as it can take refuses the next with `BusyError`, by number and by bytes."""
+        asker, answerer = await connect(), await connect()
+        asked: asyncio.Queue[asyncio.Future[bytes]] = asyncio.Queue()
+
+        async def slow(body: bytes) -> bytes:
+            end: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+            asked.put_nowait(end)
+            return await end
+
+        await answerer.add_rpc_subscriber(slow, "slow")
+        monkeypatch.setattr(deliveries, "MAX_QUESTIONS_IN_HAND", 2)
+        monkeypatch.setattr(deliveries, "MAX_QUESTION_BYTES_IN_HAND", 10)
+        asking = [asyncio.create_task(asker.rpc_send("slow", b"%d" % number)) for number in range(2)]
+        ends = [await asked.get() for _ in range(2)]
+        with pytest.raises(BusyError, match="slow"):
+            await asker.rpc_send("slow", b"")
+        ends[0].set_result(b"done")
+        assert await asking[0] == b"done"
+        with pytest.raises(BusyError):
+            await asker.rpc_send("slow", bytes(11))
+        ends[1].set_result(b"done")
+        assert await asking[1] == b"done"
+
+    async def test_who_is_slow_is_told_what_it_missed(self, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Broadcasts beyond the bound are dropped and counted for each subscription; when it caught up it is told how
+        many, and so are the callbacks of `on_reconnect`. Another that is fast misses nothing."""
+        speaker, listener = await connect(), await connect()
+        monkeypatch.setattr(deliveries, "MAX_BROADCASTS_IN_HAND", 3)
+        go_on = asyncio.Event()
+        slow: list[bytes] = []
+        fast: asyncio.Queue[bytes] = asyncio.Queue()
+        missed: asyncio.Queue[int] = asyncio.Queue()
+        again: asyncio.Queue[str] = asyncio.Queue()
+
+        async def listen(broadcast: Broadcast) -> None:
+            await go_on.wait()
+            slow.append(broadcast.body)
+
+        async def keep_up(broadcast: Broadcast) -> None:
+            fast.put_nowait(broadcast.body)
+
+        def never(count: int) -> None:
+            raise AssertionError("it missed nothing")
+
+        await listener.add_broadcast_subscriber(listen, on_missed=missed.put_nowait)
+        await listener.add_broadcast_subscriber(keep_up, on_missed=never)
+        listener.on_reconnect(lambda: again.put_nowait("something was missed"))
+        for number in range(5):
+            await speaker.broadcast_send(b"%d" % number)
+            assert await fast.get() == b"%d" % number
+        assert missed.empty()
+        go_on.set()
+        assert await missed.get() == 2
+        assert await again.get()
+        assert slow == [b"0", b"1", b"2"]
+        await speaker.broadcast_send(b"on we go")
+        assert await fast.get() == b"on we go"
 
     # --- the whole ---
 
@@ -626,13 +1264,39 @@ class CommunicatorContract:
         peer = await connect()
         body = bytes(MAX_BODY_BYTES + 1)
         with pytest.raises(MessageTooLargeError):
-            await peer.task_send(body)
+            await peer.rpc_send("me", body)
+        with pytest.raises(MessageTooLargeError):
+            await peer.broadcast_send(body)
         with pytest.raises(MessageTooLargeError):
             await peer.call([body])
         with pytest.raises(MessageTooLargeError):
             await peer.call([body[:-1], body[:-1]])
         await peer.add_rpc_subscriber(echo, "me")
         assert await peer.rpc_send("me", b"x") == b"x"
+
+    async def test_a_large_task_arrives_as_a_blob(self, connect: Connect) -> None:
+        """A task over the limit reaches its handler, or who fetches it, with all of its body; so do bytes that were put
+        as a blob, under a name that follows from them."""
+        sender, worker = await connect(), await connect()
+        body = os.urandom(MAX_BODY_BYTES + 1)
+        inbox = Inbox()
+        subscription = await worker.add_task_subscriber(inbox)
+        receipt = await sender.task_send(body, subject="s", want_result=True)
+        task = await inbox.next()
+        assert (task.id, task.subject, task.body == body) == (receipt.id, "s", True)
+        inbox.ack(task, b"read")
+        assert await receipt.result() == b"read"
+        await subscription.cancel()
+        await sender.task_send(body)
+        [listed] = await sender.tasks(bodies=True)
+        assert (listed.size, listed.body, listed.blob) == (len(body), None, hashlib.sha256(body).hexdigest())
+        async with await worker.next_task() as fetched:
+            assert fetched.body == body
+        ref = await sender.blob_put(b"few bytes")
+        assert ref == BlobRef(hashlib.sha256(b"few bytes").hexdigest(), 9)
+        assert await worker.blob_get(ref) == b"few bytes"
+        with pytest.raises(BlobNotFoundError):
+            await worker.blob_get(BlobRef("0" * 64, 1))
 
     async def test_the_largest_body_passes(self, connect: Connect) -> None:
         """A body of exactly the limit goes there and back; a larger answer is an error of its own."""
@@ -664,10 +1328,13 @@ class CommunicatorContract:
         subscription = await peer.add_rpc_subscriber(echo, "echo")
         question = asyncio.create_task(peer.rpc_send("never", b""))
         await peer.rpc_send("echo", b"")
+        fetching = asyncio.create_task(peer.next_task(queue="empty"))
+        await peer.rpc_send("echo", b"")
         await asyncio.gather(peer.close(), peer.close())
         await peer.close()
-        with pytest.raises(CommunicatorClosedError):
-            await question
+        for waiting in (question, fetching):
+            with pytest.raises(CommunicatorClosedError):
+                await waiting
         for operation in (
             peer.task_send(b""),
             peer.rpc_send("echo", b""),

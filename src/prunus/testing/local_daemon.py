@@ -19,10 +19,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from prunus.messaging.local import LocalBroker, LocalCommunicator
 from prunus.persistence.sqlite import ProcessStore, open_database
-from prunus.runtime.backend import ProcessService, broker_counts
+from prunus.runtime.backend import ProcessService
 from prunus.runtime.controller import ProcessController
+from prunus.runtime.reconcile import TasksOf
+from prunus.runtime.remote import Connections
 from prunus.runtime.worker import Worker
 
 
@@ -37,17 +41,23 @@ class LocalDaemon:
         grace_s: float = 1.0,
         connection: sqlite3.Connection | None = None,
         clock: Callable[[], float] = time.time,
+        connections: Connections | None = None,
     ) -> None:
-        """`clock` is the wall clock of the store and of its timers; move it and call ``daemon.broker.tick()``."""
+        """`clock` is the wall clock of the store and of its timers; move it and call ``daemon.broker.tick()``.
+
+        `connections` are those that its processes may ask for, whichever of its workers they run on."""
         self.connection = connection if connection is not None else open_database(":memory:")
         self.store = ProcessStore(self.connection, clock=clock)
-        self.broker = LocalBroker(self.connection, service=ProcessService(self.store, self._counts, clock))
+        tasks = TasksOf(lambda: self.broker.exchange)
+        self.broker = LocalBroker(self.connection, service=ProcessService(self.store, self._counts, clock, tasks=tasks))
         self._wanted, self._slots, self._grace_s = workers, slots, grace_s
+        self._connections = connections
         self._workers: dict[str, tuple[Worker, LocalCommunicator, asyncio.Task[None]]] = {}
         self.controller: ProcessController
 
     def _counts(self) -> dict[str, Any]:
-        return broker_counts(self.broker.exchange.statistics())
+        counts: dict[str, Any] = msgspec.to_builtins(self.broker.exchange.statistics())
+        return counts
 
     async def __aenter__(self) -> LocalDaemon:
         self.controller = ProcessController(await self.broker.connect(name="controller"))
@@ -65,7 +75,7 @@ class LocalDaemon:
     async def start_worker(self, name: str) -> None:
         """One more worker; returns when it takes processes (or was killed before)."""
         communicator = await self.broker.connect(name=name)
-        worker = Worker(communicator, slots=self._slots, grace_s=self._grace_s)
+        worker = Worker(communicator, slots=self._slots, grace_s=self._grace_s, connections=self._connections)
         task = asyncio.create_task(worker.run(), name=name)
         self._workers[name] = worker, communicator, task
         ready = asyncio.create_task(worker.ready.wait())

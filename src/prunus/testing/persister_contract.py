@@ -17,24 +17,33 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
-from prunus.errors import BusyError, CheckpointNotFoundError, InvalidStateError, StaleOwnerError
+from prunus.errors import ArchiveError, BusyError, CheckpointNotFoundError, InvalidStateError, StaleOwnerError
 from prunus.persistence.persister import (
+    FIRST_EVENTS,
     KEPT_STEPS,
     LOG_LIMIT,
+    MAX_EVENTS,
     MAX_LETTERS,
     MAX_LOG_LINES,
     MAX_MAIL,
     MAX_REPLIES,
+    PORTION_BYTES,
     QUERY_LIMIT,
+    Adopted,
     Claim,
+    Created,
     Event,
+    Letter,
     LogLine,
+    Mail,
     NewProcess,
     Note,
     Past,
     Persister,
+    Portion,
     Query,
     Record,
     Reply,
@@ -78,7 +87,8 @@ class PersisterContract:
 
     async def test_a_created_process_can_be_loaded(self, persister: Persister) -> None:
         """What `create` got is in the row, and the rest says that nothing has happened yet."""
-        assert await persister.create(new(parent="q", tags=("z", "a"), created_at=1.5)) is True
+        created = await persister.create(new(parent="q", tags=("z", "a"), created_at=1.5))
+        assert created == Created("p", is_new=True)
         record = await persister.load("p")
         assert (record.pid, record.class_id, record.checkpoint, record.parent) == ("p", "lab:Work", b"first", "q")
         assert (record.tags, record.created_at) == (("z", "a"), 1.5)
@@ -89,9 +99,77 @@ class PersisterContract:
     async def test_creating_again_changes_nothing(self, persister: Persister) -> None:
         """A resent launch finds what is there (G6)."""
         await persister.create(new())
-        assert await persister.create(new(checkpoint=b"other", class_id="lab:Other", tags=("t",))) is False
+        again = await persister.create(new(checkpoint=b"other", class_id="lab:Other", tags=("t",), key="k"))
+        assert again == Created("p", is_new=False)
         record = await persister.load("p")
-        assert (record.checkpoint, record.class_id, record.tags) == (b"first", "lab:Work", ())
+        assert (record.checkpoint, record.class_id, record.tags, record.key) == (b"first", "lab:Work", (), None)
+
+    async def test_creating_with_a_key_that_is_taken_answers_who_has_it(self, persister: Persister) -> None:
+        """Whatever its state, as long as it is kept; nothing of the other one is stored. A pid goes before a key."""
+        assert await persister.create(new(key="k")) == Created("p", is_new=True)
+        for state in ("running", "finished"):
+            assert await persister.create(new("q", key="k", tags=("t",))) == Created("p", is_new=False)
+            await persister.save(save_of(await persister.claim("p", "w", at=2.0), state))
+        await persister.create(new("r"))
+        assert await persister.create(new("r", key="k")) == Created("r", is_new=False)
+        assert self.pids(await persister.query(Query(key="k"))) == ["p"]
+        assert await persister.query(Query(tag="t")) == []
+        assert self.pids(await persister.query(Query())) == ["r", "p"]
+        await persister.delete("p")
+        assert await persister.create(new("q", key="k")) == Created("q", is_new=True)
+        assert (await persister.load("q")).key == "k"
+
+    async def test_how_it_is_dispatched_is_in_the_row(self, persister: Persister) -> None:
+        """Queue, priority and resources, as they were given; also in the answer to a claim and after a save."""
+        options: dict[str, Any] = {"queue": "gpu", "priority": 9, "resources": {"licence": 2, "ä": 1}, "key": "ours"}
+        claim = await self.started(persister, **options)
+        await persister.save(save_of(claim))
+        for record in (claim.record, await persister.load("p"), (await persister.query(Query()))[0]):
+            assert {name: getattr(record, name) for name in options} == options
+        await persister.create(new("plain"))
+        record = await persister.load("plain")
+        assert (record.queue, record.priority, record.resources, record.key) == ("default", 0, {}, None)
+
+    async def test_the_depth_counts_who_is_above(self, persister: Persister) -> None:
+        """Of children that a save creates, and of others; 0 without a parent, or with one that is not kept."""
+        claim = await self.started(persister, parent="gone")
+        assert claim.record.depth == 0
+        await persister.save(save_of(claim, children=(new("a", parent="p"),)))
+        claim = await persister.claim("a", "w", at=2.0)
+        await persister.save(save_of(claim, children=(new("b", parent="a"), new("other", parent="nobody"))))
+        await persister.create(new("c", parent="b"))
+        assert [(await persister.load(pid)).depth for pid in ("a", "b", "c", "other")] == [1, 2, 3, 0]
+
+    async def test_a_child_has_no_key(self, persister: Persister) -> None:
+        """Its parent may wait for its pid, which another process with that key does not have."""
+        claim = await self.started(persister)
+        with pytest.raises(ValueError, match="key"):
+            await persister.save(save_of(claim, children=(new("c", parent="p", key="k"),)))
+        assert (await persister.load("p")).seq == 0
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"queue": ""},
+            {"queue": "q" * 256},
+            {"key": ""},
+            {"priority": -1},
+            {"priority": 10},
+            {"resources": {"gpu": 0}},
+            {"resources": {"": 1}},
+        ],
+        ids=repr,
+    )
+    async def test_options_that_can_not_be_meant_are_refused(
+        self, persister: Persister, changes: dict[str, Any]
+    ) -> None:
+        """With a sentence; nothing is stored, of a child neither."""
+        with pytest.raises(ValueError, match=r"characters|priority|needs"):
+            await persister.create(new(**changes))
+        claim = await self.started(persister, "parent")
+        with pytest.raises(ValueError, match=r"characters|priority|needs|key"):
+            await persister.save(save_of(claim, children=(new(parent="parent", **changes),)))
+        assert self.pids(await persister.query(Query())) == ["parent"]
 
     async def test_who_does_not_exist_is_not_found(self, persister: Persister) -> None:
         """Every operation on an unknown pid raises `CheckpointNotFoundError` with the pid."""
@@ -633,6 +711,23 @@ class PersisterContract:
         assert MAX_LOG_LINES <= total - oldest.seq + 1 <= MAX_LOG_LINES + MAX_LOG_LINES // 10
         assert [line.seq for line in await persister.log("p", last=2)] == [total - 1, total]
 
+    async def test_a_long_history_is_thinned_out(self, persister: Persister) -> None:
+        """The first and the newest events are kept, and what is left out is said where it was."""
+        claim = await self.started(persister)
+        events = tuple(Event(subject="round", at=1.0) for _ in range(MAX_EVENTS // 4))
+        for _ in range(6):
+            await persister.save(save_of(claim, events=events))
+        kept = await persister.history("p")
+        total = kept[-1].seq
+        assert total >= 6 * len(events)
+        assert MAX_EVENTS <= len(kept) <= MAX_EVENTS + MAX_EVENTS // 10
+        assert [event.seq for event in kept[:FIRST_EVENTS]] == list(range(1, FIRST_EVENTS + 1))
+        note = kept[FIRST_EVENTS]
+        assert (note.subject, kept[FIRST_EVENTS + 1].seq) == ("thinned", note.seq + 1)
+        assert note.note is not None
+        assert note.note.startswith(f"{note.seq - FIRST_EVENTS} events were left out")
+        assert note.seq - FIRST_EVENTS == total - len(kept) + 1
+
     async def test_a_checkpoint_can_be_kept_under_the_name_of_a_step(self, persister: Persister) -> None:
         """It is there when others have replaced it, and when the process has ended; a name can come again."""
         claim = await self.started(persister)
@@ -709,7 +804,7 @@ class PersisterContract:
         await persister.save(save_of(claim, "finished"))
         await persister.delete("p")
         assert await persister.query(Query(tag="t")) == []
-        assert await persister.create(new()) is True
+        assert (await persister.create(new())).is_new
         assert (await persister.history("p"), await persister.log("p"), await persister.past("p")) == ([], [], [])
         assert await persister.reply("p", 1) is None
 
@@ -726,6 +821,41 @@ class PersisterContract:
             await persister.delete("a")
         await self.end(persister, "p", "killed")
         await persister.delete("a")
+
+    async def test_pruning_forgets_what_ended_and_matches(self, persister: Persister) -> None:
+        """The longest ended first, up to the limit; it says how many, and 0 when none is left."""
+        for number, state in enumerate(("finished", "killed", "finished", "excepted", "finished")):
+            await self.ended(persister, f"p{number}", state, tags=("odd",) if number % 2 else ())
+        await persister.create(new("living"))
+        assert await persister.prune(Query(states=("finished",), limit=2)) == 2
+        assert self.pids(await persister.query(Query())) == ["living", "p4", "p3", "p1"]
+        assert await persister.prune(Query(tag="odd", states=("killed", "created"))) == 1
+        assert await persister.prune(Query(unfinished=True)) == 0
+        assert await persister.prune(Query(updated_before=0.0)) == 0
+        assert await persister.prune(Query()) == 2
+        assert await persister.prune(Query()) == 0
+        assert self.pids(await persister.query(Query())) == ["living"]
+
+    async def test_what_is_needed_is_not_pruned(self, persister: Persister) -> None:
+        """Somebody waits for it, or a child of it goes on; others behind it are found all the same."""
+        claim = await self.started(persister)
+        children = tuple(new(pid, parent="p") for pid in ("a", "b"))
+        await persister.save(save_of(claim, "waiting", children=children, waits=(("a", "b"),), release=True))
+        await self.end(persister, "a")
+        await self.ended(persister, "other")
+        assert await persister.prune(Query(limit=1)) == 1
+        assert self.pids(await persister.query(Query())) == ["b", "a", "p"]
+        await self.end(persister, "p", "killed")
+        assert await persister.prune(Query()) == 1
+        assert self.pids(await persister.query(Query())) == ["b", "p"]
+        await self.end(persister, "b", "killed")
+        assert await persister.prune(Query()) == 2
+
+    async def test_pruning_has_no_pages(self, persister: Persister) -> None:
+        """The next ones come with the next time."""
+        await self.ended(persister)
+        with pytest.raises(ValueError, match="pages"):
+            await persister.prune(Query(before="p"))
 
     # --- finding ------------------------------------------------------------------------------------
 
@@ -765,6 +895,42 @@ class PersisterContract:
         ):
             assert self.pids(await persister.query(query)) == expected, query
 
+    async def test_a_short_pid_is_its_beginning_or_its_end(self, persister: Persister) -> None:
+        """However long; all to which that applies are found, whatever else they have."""
+        pids = ("01f-aa-1234abcd", "01f-bb-5678abcd", "77abcd", "01f-bb-5678abcd.3", "x%_*", "é🙂", "a")
+        for pid in pids:
+            await persister.create(new(pid))
+        texts = ("0", "01f-", "abcd", "d", "8abcd", "bb-5678abcd", "cd.3", "3", "%_*", "x%", "_", "🙂", "é", "ab")
+        for text in ("", *texts):
+            expected = [pid for pid in reversed(pids) if pid.startswith(text) or pid.endswith(text)]
+            assert self.pids(await persister.query(Query(prefix=text))) == expected, text
+        for pid in pids:
+            assert pid in self.pids(await persister.query(Query(prefix=pid)))
+        assert self.pids(await persister.query(Query(prefix="01f", limit=1))) == ["01f-bb-5678abcd.3"]
+        assert await persister.query(Query(prefix="01f", states=("running",))) == []
+        assert self.pids(await persister.query(Query(prefix="01f", before="01f-bb-5678abcd"))) == ["01f-aa-1234abcd"]
+
+    async def test_a_query_asks_for_queues_keys_and_times(self, persister: Persister) -> None:
+        """Alone and together with the others. Times are wall clocks; the moment itself is not before it."""
+        await persister.create(new("a", created_at=10.0, queue="gpu", key="ka"))
+        await persister.create(new("b", created_at=20.0))
+        await persister.create(new("c", created_at=30.0, queue="gpu", tags=("t",)))
+        touched = (await persister.load("b")).updated_at
+        for query, expected in (
+            (Query(queue="gpu"), ["c", "a"]),
+            (Query(queue="default"), ["b"]),
+            (Query(queue="gpu", tag="t", unfinished=True), ["c"]),
+            (Query(queue="nobody"), []),
+            (Query(key="ka"), ["a"]),
+            (Query(key="ka", queue="default"), []),
+            (Query(created_before=20.0), ["a"]),
+            (Query(created_before=20.5, states=("created", "running")), ["b", "a"]),
+            (Query(updated_before=touched, created_before=25.0), ["a"]),
+            (Query(updated_before=touched + 1e9), ["c", "b", "a"]),
+            (Query(updated_before=0.0), []),
+        ):
+            assert self.pids(await persister.query(query)) == expected, query
+
     async def test_a_query_goes_page_by_page(self, persister: Persister) -> None:
         """`before` continues after the last pid of a page, also for several states at once."""
         for i in range(7):
@@ -799,6 +965,8 @@ class PersisterContract:
             (3, "x", 4.0, "w"),
         ]
         assert (events[1].step, events[1].note) == ("run", "n")
+        assert await persister.history("p", after=1) == events[1:]
+        assert await persister.history("p", after=3) == []
 
     async def test_large_and_odd_bytes_come_back(self, persister: Persister) -> None:
         """A checkpoint is opaque: a megabyte of anything, and nothing at all."""
@@ -807,6 +975,188 @@ class PersisterContract:
         assert claim.record.checkpoint == b""
         await persister.save(save_of(claim, checkpoint=data))
         assert (await persister.load("p")).checkpoint == data
+
+    # --- from one store to another ------------------------------------------------------------------
+
+    async def copy_of(self, persister: Persister, pid: str) -> list[Portion]:
+        """All portions of a process."""
+        portions = [await persister.export(pid)]
+        while (after := portions[-1].next) is not None:
+            portions.append(await persister.export(pid, after))
+        return portions
+
+    async def adopted(self, persister: Persister, *portions: Portion, skip_existing: bool = False) -> Adopted:
+        """They arrive one by one, and are adopted."""
+        for number, portion in enumerate(portions):
+            await persister.stage("ship", number, [portion])
+        return await persister.adopt("ship", len(portions), "far", skip_existing=skip_existing)
+
+    def renamed(self, portions: Sequence[Portion], pid: str, **changes: Any) -> list[Portion]:
+        """A copy as that of another process."""
+        replace = msgspec.structs.replace
+        first, *others = portions
+        assert first.kept is not None
+        kept = replace(first.kept, record=replace(first.kept.record, **{"key": None, **changes, "pid": pid}))
+        return [replace(first, pid=pid, kept=kept), *(replace(portion, pid=pid) for portion in others)]
+
+    async def test_an_ended_process_comes_back_from_its_copy(self, persister: Persister) -> None:
+        """Row, checkpoint, result, history, log, past checkpoints, answers; its history says from where."""
+        claim = await self.started(persister, tags=("b", "a"), key="k", queue="gpu", priority=3, resources={"gpu": 1})
+        await persister.post("p", b"letter")
+        lines = (LogLine(at=1.0, text="said", source="me", step="run"),)
+        replies = (Reply(1, b"answer"),)
+        await persister.save(save_of(claim, keep_as="run", lines=lines, inbox_done=1, replies=replies, status="s"))
+        events = (Event(subject="running.finished", at=3.0, step="run", note="n"),)
+        await persister.save(save_of(claim, "finished", checkpoint=b"last", events=events))
+        before = await persister.load("p")
+        history, log, past = [await persister.history("p"), await persister.log("p"), await persister.past("p")]
+        copy = await self.copy_of(persister, "p")
+        assert await persister.load("p") == before
+        await persister.delete("p")
+
+        assert await self.adopted(persister, *copy) == Adopted(pids=("p",))
+        after = await persister.load("p")
+        assert after == msgspec.structs.replace(before, epoch=after.epoch)
+        imported = (await persister.history("p"))[-1]
+        assert (imported.subject, imported.note) == ("imported", "from far")
+        assert [await persister.history("p"), await persister.log("p"), await persister.past("p")] == [
+            [*history, imported],
+            log,
+            past,
+        ]
+        assert await persister.past_checkpoint("p", past[0].seq) == b"next"
+        assert await persister.reply("p", 1) == b"answer"
+        assert self.pids(await persister.query(Query(tag="a", queue="gpu", key="k", states=("finished",)))) == ["p"]
+
+    async def test_an_excepted_copy_can_be_revived(self, persister: Persister) -> None:
+        """From its last good checkpoint, in the state of that."""
+        claim = await self.started(persister)
+        await persister.save(save_of(claim, "running", checkpoint=b"good"))
+        await persister.save(save_of(claim, "excepted", checkpoint=None))
+        copy = await self.copy_of(persister, "p")
+        await persister.delete("p")
+        await self.adopted(persister, *copy)
+        assert (await persister.revive("p")).state == "running"
+        assert (await persister.claim("p", "w", at=9.0)).record.checkpoint == b"good"
+
+    async def test_a_living_copy_goes_on(self, persister: Persister) -> None:
+        """Whoever claims it gets its letters, its mail and the results of those that it waits for, and numbers go on
+        where they were. It can be stepped though nothing has happened: somebody has to look at its waits."""
+        await self.ended(persister, "child")
+        await persister.create(new("other"))
+        claim = await self.started(persister, play="playing")
+        await persister.send("p", "used", b"1", at=1.0)
+        await persister.send("p", "open", b"2", at=2.0, sender="me")
+        await persister.post("p", b"dealt with")
+        await persister.post("p", b"letter")
+        waiting = save_of(
+            claim,
+            "waiting",
+            waits=(("child", "other"),),
+            names=("open",),
+            listens=("open",),
+            wake_at=4e9,
+            consumed=(1,),
+            inbox_done=1,
+            keep_as="step",
+        )
+        await persister.save(waiting)
+        copy = self.renamed(await self.copy_of(persister, "p"), "q")
+        assert await self.adopted(persister, *copy) == Adopted(pids=("q",))
+        row = await persister.load("q")
+        assert (row.state, row.owner, row.waits, row.wake_at, row.names) == (
+            "waiting",
+            None,
+            ("other",),
+            4e9,
+            ("open",),
+        )
+        assert (row.mail, row.inbox_done, row.inbox_last) == (1, 1, 2)
+        claimed = await persister.claim("q", "v", at=9.0)
+        assert claimed.inbox == (Letter(2, b"letter"),)
+        assert claimed.mail == (Mail(2, "open", b"2", 2.0, "me"),)
+        assert claimed.results == {"child": b"finished"}
+        assert (await persister.post("q", b"new")).seq == 3
+        assert (await persister.send("q", "open", b"3", at=3.0)).seq == 3
+        assert (await persister.save(save_of(claimed, keep_as="more"))).seq == row.seq + 1
+        assert [event.seq for event in await persister.history("q")] == [1, 2, 3]
+        with pytest.raises(InvalidStateError):
+            await persister.delete("other")
+
+    async def test_a_large_process_is_copied_in_portions(self, persister: Persister) -> None:
+        """Each of them is small unless one thing alone is large, and together they are all."""
+        large = bytes(PORTION_BYTES // 2)
+        claim = await self.started(persister, checkpoint=large)
+        for number in range(4):
+            await persister.send("p", "m", large, at=float(number))
+        for number in range(3):
+            await persister.save(save_of(claim, checkpoint=large, keep_as=f"step {number}"))
+        await persister.save(save_of(claim, checkpoint=large * 3, keep_as="large"))
+        copy = await self.copy_of(persister, "p")
+        assert len(copy) > 5
+        for portion in copy:
+            items = len(portion.mail) + len(portion.steps) + (portion.kept is not None)
+            assert len(msgspec.msgpack.encode(portion)) < PORTION_BYTES + 1000 or items == 1
+        await self.adopted(persister, *self.renamed(copy, "q", play="paused"))
+        assert (await persister.load("q")).mail == 4
+        past = await persister.past("q")
+        assert [each.step for each in past] == ["step 0", "step 1", "step 2", "large"]
+        assert await persister.past_checkpoint("q", past[-1].seq) == large * 3
+
+    async def test_a_copy_whose_mail_was_consumed_meanwhile_is_begun_again(self, persister: Persister) -> None:
+        """Its checkpoint is from before that; `BusyError`. What is only added later is no harm."""
+        large = bytes(PORTION_BYTES)
+        claim = await self.started(persister)
+        for number in range(3):
+            await persister.send("p", "m", large, at=float(number))
+        first = await persister.export("p")
+        await persister.send("p", "m", large, at=9.0)
+        assert (await persister.export("p", first.next)).mail
+        await persister.save(save_of(claim, consumed=(1,)))
+        with pytest.raises(BusyError, match="went on"):
+            await persister.export("p", first.next)
+
+    async def test_all_that_arrives_is_there_or_none(self, persister: Persister) -> None:
+        """Nothing is to be seen of what is staged, nor of what was refused, whatever the reason."""
+        await self.ended(persister, "here", key="ours")
+        await persister.create(new("lives"))
+        await persister.save(save_of(await persister.claim("lives", "w", at=2.0), "waiting", waits=(("here",),)))
+        good = self.renamed(await self.copy_of(persister, "here"), "good")
+        other = self.renamed(await self.copy_of(persister, "here"), "other")
+        waits = self.renamed(await self.copy_of(persister, "lives"), "waits")
+        assert waits[0].kept is not None
+        stray = msgspec.structs.replace(waits[0], kept=msgspec.structs.replace(waits[0].kept, groups=(("nobody",),)))
+        before = self.pids(await persister.query(Query()))
+        wrong: list[tuple[list[Portion], str]] = [
+            ([*good, *await self.copy_of(persister, "here")], "here is here already"),
+            ([*good, *self.renamed(await self.copy_of(persister, "here"), "x", key="ours")], "and so has process here"),
+            ([*good, *good], "twice"),
+            ([*good, stray], "waits for nobody"),
+            ([*good, *self.renamed(good, "x", state="asleep")], "does not fit together"),
+            ([*good, *self.renamed(good, "x", result=None)], "does not fit together"),
+            ([*good, *self.renamed(waits, "x", play="pausing")], "does not fit together"),
+            ([*good, *self.renamed(good, "x", priority=77)], "priority"),
+            ([*good, msgspec.structs.replace(other[0], kept=None)], "first portion is missing"),
+        ]
+        for portions, why in wrong:
+            with pytest.raises(ArchiveError, match=why):
+                await self.adopted(persister, *portions)
+            assert self.pids(await persister.query(Query())) == before
+        await persister.stage("half", 1, other)
+        with pytest.raises(ArchiveError, match="1 of 2 parcels"):
+            await persister.adopt("half", 2, "far")
+        assert await self.adopted(persister, *good) == Adopted(pids=("good",))
+        assert await self.adopted(persister, *other, *good, skip_existing=True) == Adopted(
+            pids=("other",), skipped=("good",)
+        )
+
+    async def test_what_comes_from_elsewhere_is_old_enough_to_be_forgotten_later(self, persister: Persister) -> None:
+        """It ends now, for whoever forgets what has ended long ago; people still see when it did."""
+        await self.ended(persister, "p")
+        copy = self.renamed(await self.copy_of(persister, "p"), "q", updated_at=5.0)
+        await self.adopted(persister, *copy)
+        assert (await persister.load("q")).updated_at == 5.0
+        assert await persister.prune(Query(updated_before=6.0)) == 0
 
     @staticmethod
     def pids(records: Sequence[Record]) -> list[str]:

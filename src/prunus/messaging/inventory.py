@@ -1,0 +1,152 @@
+"""What a broker has in hand, as data: tasks, queues, resources, sessions. For people, for metrics and for tests.
+
+All of it is a view: nothing is decided by it. Times in seconds; wall-clock times since 1970.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+MAX_LISTED = 1000
+"""Tasks in one answer to a question for tasks."""
+
+TaskPlace = Literal["ready", "delayed", "blocked", "held", "dead", "settled"]
+"""Where a task is.
+
+===========  =====================================================================================
+ready        to be given to the next subscriber with room; it may wait for a limit or a resource
+delayed      before its time, or rejected a moment ago
+blocked      another task with its key is held
+held         a session works on it
+dead         a dead letter: expired, out of attempts, or buried by hand; it stays until it is requeued or deleted
+settled      done; somebody has not yet fetched its result
+===========  =====================================================================================
+"""
+
+
+class QueueLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a queue is allowed; None: no limit of its own."""
+
+    concurrency: int | None = None
+    """Tasks that may be held at once, by all sessions together."""
+    rate_per_s: float | None = None
+    """Deliveries in a second, in the long run."""
+    burst: int = 1
+    """Deliveries at once after a quiet time (with `rate_per_s`)."""
+    max_length: int | None = None
+    """Tasks that are not dead or settled; more are refused with `BusyError`."""
+
+
+class TaskInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A task, as it is seen from outside."""
+
+    id: str
+    queue: str
+    key: str | None
+    subject: str | None
+    priority: int
+    place: TaskPlace
+    order: int
+    """Rises with each accepted task."""
+    attempt: int
+    """How often it was delivered."""
+    max_attempts: int
+    size: int
+    """Bytes of its body."""
+    sent_at: float
+    """Wall-clock time."""
+    due_at: float | None = None
+    """Of a delayed task: the wall-clock time at which it becomes ready."""
+    expires_at: float | None = None
+    holder: str | None = None
+    """The session that holds it ..."""
+    held_s: float | None = None
+    """... and for how long; after a restart of the broker counted from there."""
+    resources: dict[str, int] = {}
+    reason: str | None = None
+    """Why it is dead, or was rejected last."""
+    body: bytes | None = None
+    """If it was asked for, and is no blob."""
+    blob: str | None = None
+    """The digest of the blob that is its body."""
+
+
+class QueueStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """A queue, now and since the broker started."""
+
+    ready: int = 0
+    delayed: int = 0
+    blocked: int = 0
+    held: int = 0
+    dead: int = 0
+    credit: int = 0
+    """Free places of its connected subscribers."""
+    subscribers: int = 0
+    accepted: int = 0
+    settled: int = 0
+    rejected: int = 0
+    accepted_per_s: float = 0.0
+    """Over the last minute, as `settled_per_s`."""
+    settled_per_s: float = 0.0
+    oldest_s: float | None = None
+    """The age of the oldest ready task."""
+    limits: QueueLimits = QueueLimits()
+
+
+class ResourceStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens that tasks take while they are held."""
+
+    capacity: int | None
+    taken: int
+    waiting: int
+    """Ready tasks that wait for it."""
+
+
+class SessionStatistics(msgspec.Struct, frozen=True, kw_only=True):
+    """A client."""
+
+    connected: bool
+    host: str
+    pid: int
+    role: str
+    """viewer, controller, worker or owner (see `access`)."""
+    key: str | None
+    """The name of the key with which it came; None: over the socket of this user on this host."""
+    silent_s: float
+    """Since it was heard last."""
+    round_trip_s: float | None
+    held: int
+    credit: int
+    subscriptions: int
+    questions: int
+
+
+class Statistics(msgspec.Struct, frozen=True, kw_only=True):
+    """A broker."""
+
+    broker_epoch: int
+    """How often it was started on this database."""
+    uptime_s: float
+    queues: dict[str, QueueStatistics]
+    resources: dict[str, ResourceStatistics]
+    sessions: dict[str, SessionStatistics]
+    questions: int
+    identifiers: int
+    broadcast_subscriptions: int
+    answers_kept: int
+    accepted: int
+    settled: int
+    delivered: int
+    """Since the start, as the rest of the counts."""
+    frames: int = 0
+    commits: int = 0
+    calls: int = 0
+    protocol_errors: int = 0
+    refused_connections: int = 0
+    """Connections with an unknown or revoked key."""
+    broadcasts_missed: int = 0
+    database_bytes: int = 0
+    not_permitted: int = 0
+    """Messages that the role of their key does not allow."""

@@ -1,0 +1,866 @@
+"""Queues, one promise at a time: what goes in, who gets it, and when."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prunus.errors import BusyError, DeadLetterError, ProtocolError, TaskDeletedError, UnknownResourceError
+from prunus.messaging import broker, queues
+from prunus.messaging.inventory import QueueLimits
+from prunus.messaging.messages import (
+    BrokerMessage,
+    Done,
+    Edited,
+    Heartbeat,
+    QueueConfigure,
+    ResourceConfigure,
+    ResultSeen,
+    TaskAck,
+    TaskDelivery,
+    TaskEdit,
+    TaskNack,
+    TaskSend,
+    TaskStored,
+    TaskSubscribe,
+    TaskUnsubscribe,
+)
+from prunus.messaging.queues import MAX_DEPTH, depth_of, needs_of, priority_of, urgency_of
+from tests.messaging.test_broker import EPOCH, WALL, Bench, outcomes, refusal
+
+Sends = list[tuple[str, BrokerMessage]]
+
+
+class Floor(Bench):
+    """A bench with numbered requests: ``ann`` sends, others take and settle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hello("ann")
+        self.requests = 1000
+        self.held: dict[str, TaskDelivery] = {}
+
+    def next(self) -> int:
+        self.requests += 1
+        return self.requests
+
+    def take(self, effects: list[broker.Effect]) -> Sends:
+        sends = super().take(effects)
+        for _, delivery in self.deliveries(sends):
+            self.held[delivery.task] = delivery
+        return sends
+
+    def add(self, task: str, **fields: object) -> Sends:
+        fields.setdefault("queue", "q")
+        return self.say("ann", TaskSend(id=self.next(), task=task, body=task.encode(), **fields))  # type: ignore[arg-type]
+
+    def worker(self, name: str, credit: int = 1, subject: str | None = None, queue: str = "q") -> list[tuple[str, str]]:
+        if name not in self.core.sessions():
+            self.hello(name)
+        return self.given(self.say(name, TaskSubscribe(id=self.next(), queue=queue, credit=credit, subject=subject)))
+
+    def given(self, sends: Sends) -> list[tuple[str, str]]:
+        """(session, task) of each delivery."""
+        return [(session, delivery.task) for session, delivery in self.deliveries(sends)]
+
+    def holder(self, task: str) -> str:
+        holder = self.info(task).holder
+        assert holder is not None
+        return holder
+
+    def ack(self, task: str, outcome: bytes | None = None) -> Sends:
+        message = TaskAck(id=self.next(), task=task, epoch=self.held[task].epoch, outcome=outcome)
+        return self.say(self.holder(task), message)
+
+    def nack(self, task: str, reason: str = "", *, attempted: bool = True) -> Sends:
+        epoch = self.held[task].epoch
+        message = TaskNack(id=self.next(), task=task, epoch=epoch, reason=reason, attempted=attempted)
+        return self.say(self.holder(task), message)
+
+    def edit(self, action: str, *tasks: str, **where: object) -> tuple[int, int, Sends]:
+        """Changed, held, and what else was said."""
+        sends = self.say("ann", TaskEdit(id=self.next(), action=action, tasks=tasks, **where))  # type: ignore[arg-type]
+        [edited] = [one for _, one in sends if isinstance(one, Edited)]
+        return edited.changed, edited.held, [one for one in sends if one[1] is not edited]
+
+    def limit(self, queue: str = "q", **limits: object) -> Sends:
+        message = QueueConfigure(id=self.next(), queue=queue, limits=QueueLimits(**limits))  # type: ignore[arg-type]
+        return self.say("ann", message)
+
+    def tokens(self, resource: str, capacity: int | None) -> Sends:
+        return self.say("ann", ResourceConfigure(id=self.next(), resource=resource, capacity=capacity))
+
+    def pass_time(self, seconds: float, step: float = 1.0) -> Sends:
+        """Everybody lives meanwhile."""
+        sends: Sends = []
+        end = self.now + seconds
+        while self.now < end - 1e-9:
+            sends += self.wait(min(step, end - self.now))
+            for name, one in self.core.statistics().sessions.items():
+                if one.connected:
+                    self.say(name, Heartbeat())
+        return sends
+
+
+@pytest.fixture
+def floor() -> Floor:
+    return Floor()
+
+
+# --- order ---
+
+
+def test_the_highest_priority_first_and_the_oldest_within_one(floor: Floor) -> None:
+    """0 to 9; within one the order in which they were accepted, whatever their subjects."""
+    for number, priority in enumerate((0, 9, 3, 9, 0, 3)):
+        floor.add(f"{priority}.{number}", priority=priority, subject=str(number % 2))
+    given = floor.worker("bob", 10)
+    assert [task for _, task in given] == ["9.1", "9.3", "3.2", "3.5", "0.0", "0.4"]
+
+
+def test_of_one_priority_the_deepest_first(floor: Floor) -> None:
+    """Inner before outer, so that trees finish; the priority goes before the depth, and the age comes after it."""
+    for number, (priority, depth) in enumerate(((0, 0), (0, 2), (0, 1), (0, 2), (1, 0), (0, 300), (0, 255))):
+        name = f"{priority}.{depth}.{number}"
+        floor.take(floor.core.put(f"broker:{name}", "q", name, b"", priority, depth))
+    assert (floor.info("broker:0.300.5").priority, floor.info("broker:1.0.4").priority) == (0, 1)
+    given = [task.removeprefix("broker:") for _, task in floor.worker("bob", 10)]
+    assert given == ["1.0.4", "0.300.5", "0.255.6", "0.2.1", "0.2.3", "0.1.2", "0.0.0"]
+
+
+@given(st.integers(0, 9), st.integers(0, 1000))
+def test_an_urgency_is_a_priority_and_a_depth(priority: int, depth: int) -> None:
+    """Both can be told from it, the depth as far as it counts."""
+    urgency = urgency_of(priority, depth)
+    assert (priority_of(urgency), depth_of(urgency)) == (priority, min(depth, MAX_DEPTH))
+    assert 0 <= urgency < 10 * (MAX_DEPTH + 1)
+
+
+def test_the_roomiest_gets_the_next_one(floor: Floor) -> None:
+    """Most free credit first; of equals the one that was served longest ago."""
+    floor.worker("bob", 3)
+    floor.worker("cat", 2)
+    given = [floor.given(floor.add(f"t{number}"))[0][0] for number in range(5)]
+    assert given == ["bob", "cat", "bob", "cat", "bob"]
+    floor.ack("t1")
+    assert floor.given(floor.add("t5")) == [("cat", "t5")]
+
+
+def test_nobody_gets_more_than_its_credit(floor: Floor) -> None:
+    """Also when it is lowered; and an acknowledgement makes room for one."""
+    floor.worker("bob", 2)
+    for number in range(5):
+        floor.add(f"t{number}")
+    assert floor.tasks("held") == ["t0", "t1"]
+    floor.worker("bob", 1)
+    assert floor.given(floor.ack("t0")) == []
+    assert floor.given(floor.ack("t1")) == [("bob", "t2")]
+
+
+# --- subjects ---
+
+
+def test_a_subscription_sees_only_its_subjects(floor: Floor) -> None:
+    """``*`` stays within a word, ``#`` does not; without a pattern everything matches, also what has no subject."""
+    for subject in ("a.b", "a.b.c", "x", None):
+        floor.add(str(subject), subject=subject)
+    assert floor.worker("star", 9, "a.*") == [("star", "a.b")]
+    assert floor.worker("hash", 9, "a.#") == [("hash", "a.b.c")]
+    assert floor.worker("all", 9) == [("all", "x"), ("all", "None")]
+    assert floor.held["a.b"].pattern == "a.*"
+    assert floor.held["x"].pattern is None
+
+
+def test_each_subscription_of_a_session_has_its_own_credit(floor: Floor) -> None:
+    """One with a full pattern takes nothing more for it, but goes on for another."""
+    floor.worker("bob", 1, "a")
+    floor.worker("bob", 1, "b")
+    given = [floor.given(floor.add(f"{subject}{number}", subject=subject)) for number in (1, 2) for subject in "ab"]
+    assert given == [[("bob", "a1")], [("bob", "b1")], [], []]
+    assert floor.given(floor.ack("b1")) == [("bob", "b2")]
+    assert floor.given(floor.say("bob", TaskUnsubscribe(id=floor.next(), queue="q", subject="a"))) == []
+    assert floor.given(floor.ack("a1")) == []
+
+
+def test_a_task_that_nobody_wants_is_in_nobodys_way(floor: Floor) -> None:
+    """No head-of-line blocking: others pass it, whatever its priority."""
+    floor.add("unwanted", subject="x", priority=9)
+    floor.add("wanted", subject="y")
+    assert floor.worker("bob", 1, "y") == [("bob", "wanted")]
+
+
+def test_what_two_patterns_match_is_given_once(floor: Floor) -> None:
+    """To the roomier of both; and when that one is full, to the other."""
+    floor.worker("bob", 1, "a.*")
+    floor.worker("cat", 2, "#")
+    given = [floor.given(floor.add(f"t{number}", subject="a.b")) for number in range(4)]
+    assert given == [[("cat", "t0")], [("bob", "t1")], [("cat", "t2")], []]
+    assert floor.given(floor.ack("t1")) == [("bob", "t3")]
+
+
+def test_a_dispatch_does_not_look_at_what_waits(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 500 subjects that nobody wants, a delivery asks no more lanes than with none."""
+    looked = 0
+    head = queues._Lane.head
+
+    def counted(lane: queues._Lane) -> queues.Task | None:
+        nonlocal looked
+        looked += 1
+        return head(lane)
+
+    floor.worker("bob", 1, "wanted")
+    monkeypatch.setattr(queues._Lane, "head", counted)
+
+    def cost(task: str) -> int:
+        nonlocal looked
+        before = looked
+        [(_, delivery)] = floor.deliveries(floor.add(task, subject="wanted"))
+        floor.say("bob", TaskAck(id=floor.next(), task=task, epoch=delivery.epoch))
+        return looked - before
+
+    cost("warm")
+    alone = cost("first")
+    for number in range(500):
+        floor.add(f"u{number}", subject=f"unwanted.{number}")
+    assert cost("second") == alone
+
+
+# --- times ---
+
+
+def test_a_delayed_task_waits_for_its_time(floor: Floor) -> None:
+    """By the wall clock, looked at at least once a second; meanwhile later ones pass it."""
+    floor.worker("bob", 9)
+    floor.add("later", not_before=WALL + 5)
+    assert floor.given(floor.add("now")) == [("bob", "now")]
+    info = floor.info("later")
+    assert (info.place, info.due_at) == ("delayed", WALL + 5)
+    assert floor.given(floor.pass_time(4.0)) == []
+    assert floor.given(floor.pass_time(1.0)) == [("bob", "later")]
+
+
+def test_a_delayed_task_follows_the_wall_clock_when_it_jumps(floor: Floor) -> None:
+    """Forwards: due at the next tick. Backwards: it waits longer."""
+    floor.worker("bob", 9)
+    floor.add("a", not_before=WALL + 3600)
+    floor.core.wall += 3600
+    assert floor.core.due() <= floor.now + 1.0
+    assert floor.given(floor.wait(0.5)) == [("bob", "a")]
+    floor.add("b", not_before=floor.core.wall + 2)
+    floor.core.wall -= 3600
+    assert floor.given(floor.pass_time(10.0)) == []
+
+
+def test_an_expired_task_is_a_dead_letter(floor: Floor) -> None:
+    """Pending, delayed or blocked; who waits for it is told; a held one is safe however long it takes."""
+    floor.worker("bob", 1)
+    floor.add("held", expires_at=WALL + 5, key="k")
+    floor.add("ready", expires_at=WALL + 5, want_result=True)
+    floor.add("delayed", expires_at=WALL + 5, not_before=WALL + 9)
+    floor.add("blocked", expires_at=WALL + 5, key="k")
+    floor.add("lasting")
+    told = outcomes(floor.pass_time(6.0))
+    assert floor.tasks("dead") == ["ready", "delayed", "blocked"]
+    [(to, task, error)] = told
+    assert (to, task) == ("ann", "ready")
+    assert isinstance(error, DeadLetterError)
+    assert error.reason == queues.EXPIRED
+    assert floor.ack("held")[0][1] == Done(id=floor.requests)
+
+
+def test_a_task_that_expired_meanwhile_is_not_given(floor: Floor) -> None:
+    """Even before the clock is looked at again; one that comes back too late is dead too."""
+    floor.add("a", expires_at=WALL + 1)
+    floor.core.wall += 2
+    assert floor.worker("bob", 1) == []
+    assert floor.tasks("dead") == ["a"]
+    floor.add("b", expires_at=floor.core.wall + 1)
+    floor.core.wall += 2
+    floor.nack("b")
+    assert floor.tasks("dead") == ["a", "b"]
+
+
+def test_no_task_expires_by_itself(floor: Floor) -> None:
+    """A task in progress for 30 days is as safe as one of 30 ms, and so is a pending one."""
+    floor.worker("bob", 1)
+    floor.add("held")
+    floor.add("pending")
+    floor.core.wall += 30 * 86_400
+    floor.pass_time(20.0)
+    assert floor.tasks("dead") == []
+    assert floor.given(floor.ack("held")) == [("bob", "pending")]
+
+
+# --- keys ---
+
+
+def test_a_second_task_of_a_key_joins_the_pending_one(floor: Floor) -> None:
+    """Its sender gets that one's result; another queue has its own."""
+    floor.add("a", key="k", want_result=True)
+    floor.hello("cat")
+    joined = TaskSend(id=1, task="b", body=b"", queue="q", key="k", want_result=True)
+    assert floor.say("cat", joined) == [("cat", TaskStored(id=1, task="a", stored=False))]
+    floor.add("c", key="k", queue="other")
+    floor.worker("bob", 1)
+    assert outcomes(floor.ack("a", b"42")) == [("ann", "a", b"42"), ("cat", "a", b"42")]
+
+
+def test_a_later_task_replaces_the_pending_one(floor: Floor) -> None:
+    """It takes over its place and priority; who waits for the old one is told, until he has seen it."""
+    floor.add("first", priority=3)
+    floor.add("old", key="k", priority=3, want_result=True)
+    floor.add("last", priority=3)
+    order = floor.info("old").order
+    told = floor.add("new", key="k", replace=True, priority=9)
+    assert ("ann", TaskStored(id=floor.requests, task="new", stored=True)) in told
+    [(to, task, error)] = outcomes(told)
+    assert (to, task) == ("ann", "old")
+    assert isinstance(error, TaskDeletedError)
+    assert error.reason == "replaced by a later task with its key"
+    assert (floor.info("new").order, floor.info("new").priority) == (order, 3)
+    again = outcomes(floor.hello("ann", awaited=("old",)))
+    assert [one[1] for one in again] == ["old"]
+    assert floor.tasks() == ["first", "new", "last", "old"]
+    floor.say("ann", ResultSeen(task="old"))
+    assert [task for _, task in floor.worker("bob", 9)] == ["first", "new", "last"]
+    assert floor.held["new"].body == b"new"
+
+
+@pytest.mark.parametrize("place", ["ready", "delayed", "blocked"])
+def test_whatever_a_pending_task_waits_for_it_can_be_replaced(floor: Floor, place: str) -> None:
+    """One row takes the place of another, and only the new one is done."""
+    if place == "blocked":
+        floor.worker("bob", 1)
+        floor.add("holder", key="k")
+    floor.add("old", key="k", not_before=WALL + 100 if place == "delayed" else 0.0)
+    assert floor.info("old").place == place
+    floor.add("new", key="k", replace=True)
+    assert "old" not in floor.tasks()
+    if place == "blocked":
+        assert floor.given(floor.ack("holder")) == [("bob", "new")]
+    else:
+        assert floor.worker("bob", 9) == [("bob", "new")]
+    floor.changes()
+
+
+def test_a_task_whose_key_is_held_waits_behind_it(floor: Floor) -> None:
+    """In any queue, with join and with replace; the holder's end frees the key."""
+    floor.worker("bob", 5)
+    floor.worker("bob", 5, queue="other")
+    floor.add("a", key="k")
+    for task, queue, replace in (("b", "q", False), ("c", "other", True)):
+        assert floor.given(floor.add(task, key="k", queue=queue, replace=replace)) == []
+        assert floor.info(task).place == "blocked"
+    [(_, one)] = floor.given(floor.ack("a"))
+    [(_, two)] = floor.given(floor.ack(one))
+    assert {one, two} == {"b", "c"}
+
+
+def test_a_dead_task_has_no_key(floor: Floor) -> None:
+    """Another with its key is accepted; and while that one is pending the dead one can't be requeued."""
+    floor.add("a", key="k")
+    floor.edit("bury", "a")
+    assert not floor.core.has_task("k")
+    floor.add("b", key="k")
+    assert floor.edit("requeue", "a")[:2] == (0, 0)
+    assert floor.tasks("dead") == ["a"]
+    floor.edit("delete", "b")
+    assert floor.edit("requeue", "a")[:2] == (1, 0)
+    assert floor.core.has_task("k")
+
+
+# --- attempts and dead letters ---
+
+
+def test_after_max_attempts_a_task_is_dead_with_the_last_reason(floor: Floor) -> None:
+    """Each rejection counts; who waits gets `DeadLetterError`, also after a reconnection, until he has seen it."""
+    floor.worker("bob", 1)
+    floor.add("a", max_attempts=2, want_result=True)
+    assert outcomes(floor.nack("a", "no disk")) == []
+    assert floor.info("a").reason == "no disk"
+    floor.pass_time(1.0, 0.1)
+    [(to, task, error)] = outcomes(floor.nack("a", "no memory"))
+    assert (to, task) == ("ann", "a")
+    assert isinstance(error, DeadLetterError)
+    assert error.reason == "no memory"
+    assert floor.tasks("dead") == ["a"]
+    assert [one[1] for one in outcomes(floor.hello("ann", awaited=("a",)))] == ["a"]
+    floor.say("ann", ResultSeen(task="a"))
+    assert outcomes(floor.hello("ann")) == []
+    assert floor.tasks("dead") == ["a"]
+
+
+def test_a_lost_worker_costs_an_attempt(floor: Floor) -> None:
+    """And the reason says how often that happened."""
+    floor.add("a", max_attempts=3)
+    for _ in range(3):
+        floor.worker("bob", 1)
+        floor.take(floor.core.expired("bob"))
+    info = floor.info("a")
+    assert (info.place, info.attempt, info.reason) == ("dead", 3, "its worker was lost 3 times")
+
+
+def test_what_nobody_tried_does_not_count(floor: Floor) -> None:
+    """A receiver without room, and a delivery that never arrived: the task has all its attempts."""
+    floor.worker("bob", 1)
+    floor.add("a", max_attempts=1)
+    floor.nack("a", "no room", attempted=False)
+    assert floor.info("a").place == "delayed"
+    floor.pass_time(1.0)
+    assert floor.info("a").attempt == 1
+    floor.hello("bob", queues=(("q", 1),))
+    assert (floor.info("a").place, floor.info("a").attempt) == ("held", 1)
+    floor.nack("a", "broken")
+    assert floor.tasks("dead") == ["a"]
+
+
+def test_without_max_attempts_there_is_no_end(floor: Floor) -> None:
+    """It comes back for ever, ever slower."""
+    floor.worker("bob", 1)
+    floor.add("a")
+    for _ in range(12):
+        floor.nack("a")
+        floor.pass_time(5.0)
+    assert (floor.info("a").place, floor.info("a").attempt) == ("held", 13)
+
+
+def test_a_task_that_all_reject_is_not_offered_in_a_hot_loop(floor: Floor) -> None:
+    """Among two workers too: after each rejection there is a pause, and others are given out meanwhile."""
+    floor.worker("bob", 1)
+    floor.worker("cat", 1)
+    floor.add("a")
+    assert floor.given(floor.nack("a")) == []
+    assert floor.given(floor.add("b")) != []
+    assert floor.given(floor.nack("b")) == []
+    assert floor.core.due() == pytest.approx(floor.now + queues.BACK_OFF_S)
+
+
+def test_a_requeued_dead_letter_is_as_new(floor: Floor) -> None:
+    """No attempt, no reason, no date of expiry; in its old place."""
+    floor.worker("bob", 1)
+    floor.add("a", max_attempts=1, expires_at=WALL + 1)
+    floor.nack("a", "broken")
+    floor.add("b")
+    floor.add("c")
+    floor.pass_time(5.0)
+    changed, held, _ = floor.edit("requeue", queue="q", place="dead")
+    assert (changed, held) == (1, 0)
+    info = floor.info("a")
+    assert (info.place, info.attempt, info.reason, info.expires_at) == ("ready", 0, None, None)
+    assert floor.given(floor.ack("b")) == [("bob", "a")]
+    assert floor.held["a"].attempt == 1
+
+
+# --- editing ---
+
+
+def test_what_can_be_done_to_which_task(floor: Floor) -> None:
+    """A table of actions and places; a held one is left to its holder."""
+    floor.worker("bob", 1)
+
+    def one_of_each() -> None:
+        floor.add("held", key="h")
+        floor.add("ready")
+        floor.add("delayed", not_before=WALL + 100)
+        floor.add("blocked", key="h")
+        floor.add("dead")
+        floor.edit("bury", "dead")
+
+    names = ("held", "ready", "delayed", "blocked", "dead")
+    possible = {
+        "requeue": {"delayed", "dead"},
+        "bury": {"ready", "delayed", "blocked"},
+        "delete": {"ready", "delayed", "blocked", "dead"},
+    }
+    for action, good in possible.items():
+        one_of_each()
+        assert {name: floor.info(name).place for name in names} == {name: name for name in names}
+        assert {name: floor.edit(action, name)[:2] for name in names} == {
+            name: (int(name in good), int(name == "held")) for name in names
+        }
+        floor.edit("delete", queue="q")
+        floor.ack("held")
+        floor.edit("delete", queue="q")
+        assert floor.tasks() == []
+
+
+def test_who_waits_for_a_deleted_task_is_told(floor: Floor) -> None:
+    """`TaskDeletedError`, also after a reconnection; then it is forgotten."""
+    floor.add("a", want_result=True)
+    _, _, told = floor.edit("delete", "a", "a", "unknown")
+    [(to, task, error)] = outcomes(told)
+    assert (to, task) == ("ann", "a")
+    assert isinstance(error, TaskDeletedError)
+    assert [one[1] for one in outcomes(floor.hello("ann", awaited=("a",)))] == ["a"]
+    floor.say("ann", ResultSeen(task="a"))
+    assert floor.tasks() == []
+
+
+def test_an_edit_said_again_is_done_once(floor: Floor) -> None:
+    """It gets the answer of the first time."""
+    floor.add("a")
+    edit = TaskEdit(id=5000, action="bury", tasks=("a",))
+    assert floor.say("ann", edit) == [("ann", Edited(id=5000, changed=1))]
+    floor.edit("requeue", "a")
+    assert floor.say("ann", edit) == [("ann", Edited(id=5000, changed=1))]
+    assert floor.tasks("ready") == ["a"]
+
+
+def test_an_edit_of_nothing_in_particular_does_nothing(floor: Floor) -> None:
+    """Without a name, a queue or a place: that can't be meant."""
+    floor.add("a")
+    assert floor.edit("delete")[:2] == (0, 0)
+
+
+def test_many_edits_leave_nothing_behind(floor: Floor) -> None:
+    """However often a task is buried and requeued, what is kept for it stays small."""
+    for number in range(20):
+        floor.add(f"t{number}")
+    for _ in range(200):
+        floor.edit("bury", queue="q")
+        floor.edit("requeue", queue="q", place="dead")
+    queue = floor.core._queues._queues["q"]
+    assert sum(len(lane.came) + len(lane.came_back) for lane in queue.lanes.values()) <= 200
+    assert len(queue.all) <= 200
+    assert [task for _, task in floor.worker("bob", 99)] == [f"t{number}" for number in range(20)]
+
+
+def test_outlets_that_nobody_serves_do_not_grow(floor: Floor) -> None:
+    """A subscription without credit sees heads pass by; and credit that comes and goes leaves no trail."""
+    floor.worker("idle", 0, "a*")
+    floor.worker("bob", 1)
+    for number in range(500):
+        floor.add(f"t{number}", subject="a", expires_at=WALL + 1e6)
+        floor.ack(f"t{number}")
+    queue = floor.core._queues._queues["q"]
+    for outlet in queue.outlets.values():
+        assert sum(len(heads) for heads in outlet.heads.values()) <= 200
+        assert len(outlet.room) <= 200
+    assert len(floor.core._queues._expiring._heap) <= 200
+    assert len(queue.all) <= 200
+
+
+# --- limits ---
+
+
+def test_concurrency_of_a_queue(floor: Floor) -> None:
+    """At most so many are held, by all sessions together; changed while it runs; 0 stops the queue."""
+    floor.limit(concurrency=2)
+    floor.worker("bob", 5)
+    floor.worker("cat", 5)
+    for number in range(6):
+        floor.add(f"t{number}")
+    assert floor.tasks("held") == ["t0", "t1"]
+    assert len(floor.given(floor.ack("t0"))) == 1
+    assert len(floor.given(floor.limit(concurrency=3))) == 1
+    assert floor.given(floor.limit(concurrency=0)) == []
+    assert floor.given(floor.ack("t1")) == []
+    assert len(floor.given(floor.limit())) == 2
+    assert floor.given(floor.add("elsewhere", queue="free")) == []
+    assert floor.worker("bob", 1, queue="free") == [("bob", "elsewhere")]
+
+
+def test_rate_of_a_queue(floor: Floor) -> None:
+    """A token bucket: `burst` at once, then `rate_per_s`; the core says when it has to look again."""
+    floor.limit(rate_per_s=2.0, burst=3)
+    for number in range(10):
+        floor.add(f"t{number}")
+    assert len(floor.worker("bob", 99)) == 3
+    assert floor.core.due() == pytest.approx(floor.now + 0.5)
+    assert len(floor.given(floor.pass_time(0.5, 0.5))) == 1
+    assert len(floor.given(floor.pass_time(2.0, 0.5))) == 4
+    floor.edit("delete", queue="q")
+    floor.pass_time(60.0)
+    for number in range(10):
+        floor.add(f"u{number}")
+    assert len([task for task in floor.tasks("held") if task.startswith("u")]) == 3
+
+
+def test_length_of_a_queue(floor: Floor) -> None:
+    """Too much is refused to its sender alone; what joins, what replaces and what is dead does not count."""
+    floor.limit(max_length=2)
+    floor.add("a", key="k")
+    floor.add("b")
+    error = refusal(floor.add("c"))
+    assert isinstance(error, BusyError)
+    assert "'q'" in error.reason
+    assert floor.add("d", key="k")[0][1] == TaskStored(id=floor.requests, task="a", stored=False)
+    assert floor.add("e", key="k", replace=True)[0][1] == TaskStored(id=floor.requests, task="e", stored=True)
+    floor.add("other", queue="r")
+    floor.edit("bury", "b")
+    assert isinstance(floor.add("f")[0][1], TaskStored)
+    assert floor.take(floor.core.put("own", "q", None, b"", 0)) == []
+    assert "own" in floor.tasks("ready"), "the broker's own tasks are never refused"
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"concurrency": -1},
+        {"max_length": -1},
+        {"rate_per_s": 0.0},
+        {"rate_per_s": math.nan},
+        {"rate_per_s": math.inf},
+        {"burst": 0},
+    ],
+)
+def test_limits_that_make_no_sense(floor: Floor, limits: dict[str, object]) -> None:
+    """Refused with what is wrong; nothing is changed."""
+    floor.limit(concurrency=1)
+    floor.changes()
+    assert isinstance(refusal(floor.limit(**limits)), ProtocolError)
+    assert not floor.changes()
+
+
+def test_what_is_configured_lasts(floor: Floor) -> None:
+    """It is stored, and taken back as well."""
+    floor.limit(concurrency=1)
+    floor.tokens("gpu", 2)
+    changes = floor.changes()
+    assert (changes.limits, changes.resources) == ({"q": QueueLimits(concurrency=1)}, {"gpu": 2})
+    again = Bench(broker.StoredState(limits=changes.limits, resources=changes.resources))
+    statistics = again.core.statistics()
+    assert statistics.queues["q"].limits == QueueLimits(concurrency=1)
+    assert statistics.resources["gpu"].capacity == 2
+
+
+# --- resources ---
+
+
+def test_tokens_of_a_resource(floor: Floor) -> None:
+    """Taken while the task is held, across queues; what needs none passes what waits for some."""
+    floor.tokens("gpu", 2)
+    floor.worker("bob", 9)
+    floor.worker("bob", 9, queue="r")
+    floor.add("a", resources=(("gpu", 2),), priority=9)
+    floor.add("b", resources=(("gpu", 1),), priority=9)
+    floor.add("c", resources=(("gpu", 1),), queue="r")
+    floor.add("d")
+    assert floor.tasks("held") == ["a", "d"]
+    gpu = floor.core.statistics().resources["gpu"]
+    assert (gpu.capacity, gpu.taken, gpu.waiting) == (2, 2, 2)
+    assert {task for _, task in floor.given(floor.ack("a"))} == {"b", "c"}
+
+
+def test_a_big_task_does_not_hide_a_small_one(floor: Floor) -> None:
+    """Tokens that do not suffice for the first are given to the next."""
+    floor.tokens("gpu", 2)
+    floor.worker("bob", 9)
+    floor.add("one", resources=(("gpu", 1),))
+    floor.add("two", resources=(("gpu", 2),))
+    assert floor.given(floor.add("three", resources=(("gpu", 1),))) == [("bob", "three")]
+    assert floor.given(floor.ack("one")) == []
+    assert floor.given(floor.ack("three")) == [("bob", "two")]
+
+
+@pytest.mark.parametrize("end", ["ack", "nack", "lost", "unheard"])
+def test_no_token_is_lost(floor: Floor, end: str) -> None:
+    """However a task ends or comes back, its tokens are free again."""
+    floor.tokens("gpu", 1)
+    floor.worker("bob", 1)
+    floor.add("a", resources=(("gpu", 1),), max_attempts=1)
+    match end:
+        case "ack":
+            floor.ack("a")
+        case "nack":
+            floor.nack("a")
+        case "lost":
+            floor.take(floor.core.expired("bob"))
+        case "unheard":
+            floor.hello("bob")
+    assert floor.core.statistics().resources["gpu"].taken == 0
+
+
+@pytest.mark.parametrize(("capacity", "wanted"), [(None, 1), (2, 3)])
+def test_tokens_that_will_never_be_there(floor: Floor, capacity: int | None, wanted: int) -> None:
+    """Refused at once, with what is there."""
+    if capacity is not None:
+        floor.tokens("gpu", capacity)
+    error = refusal(floor.add("a", resources=(("gpu", wanted),)))
+    assert isinstance(error, UnknownResourceError)
+    assert error.facts() == {"resource": "gpu", "wanted": wanted, "capacity": capacity}
+
+
+def test_tokens_can_be_changed_while_it_runs(floor: Floor) -> None:
+    """More free what waits; fewer let go on what is held; none at all: what waits goes on waiting until there are some
+    again, and nobody may ask for it."""
+    floor.tokens("gpu", 1)
+    floor.worker("bob", 9)
+    for task in "abcd":
+        floor.add(task, resources=(("gpu", 1),))
+    assert floor.given(floor.tokens("gpu", 2)) == [("bob", "b")]
+    assert floor.given(floor.tokens("gpu", 1)) == []
+    assert floor.given(floor.ack("a")) == []
+    assert floor.given(floor.tokens("gpu", None)) == []
+    assert floor.given(floor.ack("b")) == []
+    assert isinstance(refusal(floor.add("e", resources=(("gpu", 1),))), UnknownResourceError)
+    assert floor.core.statistics().resources["gpu"].waiting == 2
+    assert floor.given(floor.tokens("gpu", 9)) == [("bob", "c"), ("bob", "d")]
+
+
+def test_the_brokers_own_tasks_wait_for_tokens_that_nobody_configured(floor: Floor) -> None:
+    """They are taken whatever there is, and given as soon as there is enough."""
+    floor.worker("bob", 9)
+    assert floor.take(floor.core.put("broker:1", "q", "p", b"", 0, needs=(("gpu", 2),))) == []
+    floor.tokens("gpu", 1)
+    assert floor.tasks("ready") == ["broker:1"]
+    assert floor.given(floor.tokens("gpu", 2)) == [("bob", "broker:1")]
+    assert floor.core.statistics().resources["gpu"].taken == 2
+
+
+def test_a_resource_that_nobody_needs_any_more_is_forgotten(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a trace where tasks are looked for: the next one is given as if it had never been."""
+    monkeypatch.setattr(queues, "MAX_NEEDS", 1)
+    floor.worker("bob", 9)
+    for name in ("gpu", "cpu"):
+        floor.tokens(name, 1)
+        floor.add(name, resources=((name, 1),))
+        floor.ack(name)
+    floor.tokens("gpu", None)
+    assert floor.given(floor.add("next")) == [("bob", "next")]
+    assert list(floor.core.statistics().resources) == ["cpu"]
+
+
+def test_needs_have_one_form() -> None:
+    """Order and repetition make no difference; none is none."""
+    assert needs_of((("b", 1), ("a", 2), ("b", 1), ("c", 0))) == (("a", 2), ("b", 2))
+
+
+# --- bounds ---
+
+
+def test_subjects_and_needs_have_a_bound(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more is refused to its sender; what is there goes on, and makes room."""
+    monkeypatch.setattr(queues, "MAX_LANES", 3)
+    monkeypatch.setattr(queues, "MAX_NEEDS", 2)
+    floor.tokens("gpu", 9)
+    for subject in "abc":
+        floor.add(subject, subject=subject)
+    assert isinstance(refusal(floor.add("d", subject="d")), BusyError)
+    assert isinstance(floor.add("a2", subject="a")[0][1], TaskStored)
+    floor.worker("bob", 2)
+    floor.ack("a")
+    assert isinstance(floor.add("d", subject="d")[0][1], TaskStored)
+    floor.edit("delete", queue="q")
+    for number in (1, 2):
+        assert isinstance(floor.add(f"gpu{number}", resources=(("gpu", number),))[0][1], TaskStored)
+    assert isinstance(refusal(floor.add("gpu3", resources=(("gpu", 3),))), BusyError)
+    floor.edit("delete", "gpu1")
+    assert isinstance(floor.add("gpu3", resources=(("gpu", 3),))[0][1], TaskStored)
+
+
+def test_queues_and_resources_have_a_bound(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that are configured."""
+    monkeypatch.setattr(queues, "MAX_CONFIGURED_QUEUES", 1)
+    monkeypatch.setattr(queues, "MAX_RESOURCES", 1)
+    for configure in (
+        lambda name: floor.limit(name, concurrency=1),
+        lambda name: floor.tokens(name, 1),
+    ):
+        assert configure("a") == [("ann", Done(id=floor.requests))]
+        assert configure("a") == [("ann", Done(id=floor.requests))]
+        assert isinstance(refusal(configure("b")), BusyError)
+
+
+def test_queues_that_nobody_uses_are_forgotten(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names come and go; only so many empty ones are kept."""
+    monkeypatch.setattr(queues, "MAX_IDLE_QUEUES", 2)
+    for number in range(10):
+        floor.worker("bob", 1, queue=f"q{number}")
+        floor.add(f"t{number}", queue=f"q{number}")
+        floor.ack(f"t{number}")
+        floor.say("bob", TaskUnsubscribe(id=floor.next(), queue=f"q{number}"))
+    floor.pass_time(10.0)
+    assert len(floor.core.statistics().queues) == 2
+
+
+# --- looking ---
+
+
+def test_statistics_of_a_queue(floor: Floor) -> None:
+    """Where its tasks are, who could take more, what came and went, and how old the oldest is."""
+    floor.worker("bob", 2)
+    floor.worker("cat", 3, "never")
+    floor.add("done")
+    floor.ack("done")
+    floor.add("held", key="k")
+    floor.add("blocked", key="k")
+    floor.add("delayed", not_before=WALL + 1000)
+    floor.add("dead")
+    floor.nack("dead")
+    floor.edit("bury", "dead")
+    floor.worker("bob", 1)
+    floor.add("ready")
+    floor.pass_time(30.0)
+    queue = floor.core.statistics().queues["q"]
+    assert (queue.ready, queue.delayed, queue.blocked, queue.held, queue.dead) == (1, 1, 1, 1, 1)
+    assert (queue.credit, queue.subscribers) == (3, 2)
+    assert (queue.accepted, queue.settled, queue.rejected) == (6, 1, 1)
+    assert queue.accepted_per_s == pytest.approx(6 / 30)
+    assert queue.settled_per_s == pytest.approx(1 / 30)
+    assert queue.oldest_s == 30.0
+
+
+def test_rates_are_those_of_the_last_minute(floor: Floor) -> None:
+    """What was before does not count any more."""
+    for number in range(60):
+        floor.add(f"t{number}")
+    floor.pass_time(120.0)
+    assert floor.core.statistics().queues["q"].accepted_per_s == 0.0
+
+
+def test_statistics_of_a_session(floor: Floor) -> None:
+    """Its process, its round trip, what it holds, and what it could still take."""
+    floor.worker("bob", 3)
+    floor.add("a")
+    floor.say("bob", Heartbeat(round_trip_s=0.25))
+    floor.now += 2.0
+    floor.core.tick(floor.now)
+    bob = floor.core.statistics(lambda session: ("viewer", session.upper())).sessions["bob"]
+    assert (bob.connected, bob.host, bob.pid, bob.role, bob.key) == (True, "h", 1, "viewer", "BOB")
+    assert (bob.silent_s, bob.round_trip_s, bob.held, bob.credit, bob.subscriptions) == (2.0, 0.25, 1, 2, 1)
+
+
+def test_after_a_restart_everything_is_where_it_was(floor: Floor) -> None:
+    """Places, attempts, holders, patterns, delays, limits, tokens: from what was stored."""
+    floor.tokens("gpu", 1)
+    floor.worker("bob", 1, "s")
+    floor.add("held", subject="s", resources=(("gpu", 1),), key="k")
+    floor.add("blocked", key="k")
+    floor.add("waits", resources=(("gpu", 1),))
+    floor.add("delayed", not_before=WALL + 50, expires_at=WALL + 99)
+    floor.add("dead", max_attempts=4, priority=2)
+    floor.edit("bury", "dead")
+    before = {task: floor.info(task) for task in floor.tasks()}
+    changes = floor.changes()
+    state = broker.StoredState(
+        tasks=[task for task in changes.tasks if task.place],
+        sessions=tuple((name, peer) for name, peer in changes.sessions.items() if peer is not None),
+        resources=changes.resources,
+    )
+    for task in changes.tasks:
+        if task.place in ("ready", "delayed", "blocked", "held"):
+            task.place = ""
+    again = Bench(state, EPOCH + 1)
+    again.hello("ann")
+    assert {task: again.info(task) for task in again.tasks()} == before
+    held = (("held", before["held"].attempt and (EPOCH << 32) + 1),)
+    sends = again.hello("bob", held=held, filtered=(("q", "s", 1),))
+    assert again.deliveries(sends) == []
+    again.hello("cat", queues=(("q", 9),))
+    sends = again.say("bob", TaskAck(id=1, task="held", epoch=(EPOCH << 32) + 1))
+    assert {delivery.task for _, delivery in again.deliveries(sends)} == {"blocked", "waits"}
+
+
+def test_a_key_of_the_past(floor: Floor) -> None:
+    """The store may know two pending tasks of a key (an older broker merged them later): one is enough."""
+    tasks = [queues.Task(9, number, number, f"t{number}", "q", "k", None, (), 1, WALL) for number in (1, 2)]
+    for task in tasks:
+        task.is_stored = True
+    again = Bench(broker.StoredState(tasks=tasks))
+    again.hello("ann")
+    assert again.tasks() == ["t1"]
+    assert [task.id for task in again.changes().tasks] == ["t2"]
