@@ -23,13 +23,12 @@ from prunus.persistence.database import WAL_LIMIT_BYTES, wal_bytes
 from prunus.persistence.persister import Query
 from prunus.runtime.broker import BALLAST_BYTES, LOW_SPACE_BYTES, NO_SPACE_BYTES
 from prunus.runtime.controller import ProcessHandle
+from tests.disks import small_file_system
 from tests.faults.parts import POLL_S, Services, command_line, complaint
 from tests.guarantees.real_daemon import steps_in_order
 from tests.runtime import workflows
 from tests.runtime.waiting import file_has
 
-STEPS = 300
-FEW_STEPS = 60
 LITTLE_BYTES = 2 * NO_SPACE_BYTES
 PROCESSES = 4
 
@@ -37,18 +36,9 @@ PROCESSES = 4
 @pytest.fixture
 def disk(short_folder: Path) -> Iterator[Path]:
     """A small file system."""
-    folder = short_folder / "disk"
-    folder.mkdir()
     size = LOW_SPACE_BYTES + 3 * BALLAST_BYTES + WAL_LIMIT_BYTES
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no program to mount a file system with")
-    if mounted.returncode:
-        pytest.skip(f"a file system can't be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_file_system(short_folder / "disk", size) as folder:
+        yield folder
 
 
 def nearly_fill(file: Path) -> None:
@@ -73,51 +63,72 @@ async def is_there(file: Path, wanted: bool = True) -> None:
         await asyncio.sleep(POLL_S)
 
 
-async def check_end(services: Services, journal: Path, handles: list[ProcessHandle], steps: int) -> None:
-    """Every process has finished, with each step once and in order, and so has nobody else."""
-    results = await asyncio.gather(*(handle.result() for handle in handles))
-    assert {result.outputs.written for result in results} == {steps}, services.logs()
-    lines = await file_has(journal, steps * len(handles))
-    assert sorted(set(lines)) == sorted(lines), "no step ran twice"
-    assert len(lines) == steps * len(handles)
-    assert steps_in_order(lines)
-    assert not await services.controller.find(Query(unfinished=True))
+class Work:
+    """Processes that write a journal until they are told that it is enough."""
+
+    def __init__(self, services: Services, folder: Path) -> None:
+        self.journal = folder / "journal"
+        self.handles: list[ProcessHandle] = []
+        self._services = services
+        self._enough = folder / "enough"
+
+    async def begin(self) -> None:
+        """All of them are launched, and some steps were done."""
+        inputs = {"file": str(self.journal), "enough": str(self._enough), "pace_s": 0.01}
+        launch = self._services.controller.launch
+        self.handles = [await launch(workflows.OpenJournal, inputs) for _ in range(PROCESSES)]
+        await self.goes_on()
+
+    async def goes_on(self) -> None:
+        """Two steps for each process are done from now on."""
+        written = len(await file_has(self.journal, 0))
+        await file_has(self.journal, written + 2 * PROCESSES)
+
+    async def end(self, *, killed: bool = False) -> None:
+        """Every process finishes, with each step in order and, unless somebody was `killed`, once."""
+        await self.goes_on()
+        self._enough.touch()
+        results = await asyncio.gather(*(handle.result() for handle in self.handles))
+        lines = await file_has(self.journal, 1)
+        done = sum(result.outputs.written for result in results)
+        assert len(set(lines)) == done, self._services.logs()
+        assert len(lines) == done or killed, "no step ran twice"
+        assert steps_in_order(lines)
 
 
 @pytest.mark.timeout(60)
 async def test_a_full_file_system(short_folder: Path, disk: Path) -> None:
     """From the first sign of scarcity to nothing at all, and back."""
-    journal, filler = short_folder / "journal", disk / "filler"
+    filler = disk / "filler"
     async with Services(disk, workers=1, slots=PROCESSES) as services:
         profile, launch = services.profile.path, services.controller.launch
         ballast = services.profile.database.with_name("ballast")
-        inputs = {"file": str(journal), "steps": STEPS, "pace_s": 0.01}
-        handles = [await launch(workflows.Journal, inputs) for _ in range(PROCESSES)]
-        await file_has(journal, 2 * PROCESSES)
+        work = Work(services, short_folder)
+        await work.begin()
         await is_there(ballast)
 
         nearly_fill(filler)
         with pytest.raises(StoreFullError, match="is full; free some space and try again, nothing was lost"):
             await launch(workflows.Add, {"a": 1})
         assert not ballast.exists(), "its space is for running work"
-        written = len(await file_has(journal, 1))
-        await file_has(journal, written + 2 * PROCESSES)
+        await work.goes_on()
 
         fill(filler)
         await services.said("worker-1", "waits and tries again", times=PROCESSES)
         words = ("launch", "tests.runtime.workflows:Add", "a=1")
         assert f"the disk that holds {services.profile.database} is full" in await complaint(profile, *words)
         with pytest.raises(StoreFullError):
-            await handles[0].pause()
-        assert (await handles[0].record()).state == "running"
+            await work.handles[0].pause()
+        assert (await work.handles[0].record()).state == "running"
         listed = await command_line(profile, "list")
-        assert (listed.code, listed.out.count("Journal")) == (0, PROCESSES), "somebody new is answered too"
+        assert (listed.code, listed.out.count("OpenJournal")) == (0, PROCESSES), "somebody new is answered too"
         doctor = await command_line(profile, "doctor")
         assert doctor.code == 1
         assert "the broker refuses new work because its disk is full" in doctor.out
 
         filler.unlink()
-        await check_end(services, journal, handles, STEPS)
+        await work.end()
+        assert not await services.controller.find(Query(unfinished=True)), "nothing was launched but them"
         added = await launch(workflows.Add, {"a": 1})
         assert (await added.result()).outputs.sum == 2
         await is_there(ballast)
@@ -128,24 +139,21 @@ async def test_a_full_file_system(short_folder: Path, disk: Path) -> None:
 @pytest.mark.timeout(60)
 async def test_a_broker_that_starts_on_a_full_file_system(short_folder: Path, disk: Path) -> None:
     """It and its worker come up, answer, and go on when there is space."""
-    journal, filler = short_folder / "journal", disk / "filler"
+    filler = disk / "filler"
     async with Services(disk, workers=1, slots=PROCESSES) as services:
-        inputs = {"file": str(journal), "steps": FEW_STEPS, "pace_s": 0.01}
-        handles = [await services.controller.launch(workflows.Journal, inputs) for _ in range(PROCESSES)]
-        await file_has(journal, 2 * PROCESSES)
+        work = Work(services, short_folder)
+        await work.begin()
         await is_there(services.profile.database.with_name("ballast"))
         services.kill("broker")
         services.kill("worker-1")
         fill(filler)
         services.start("broker")
         services.start("worker-1")
-        assert (await handles[0].record()).state == "running"
+        assert (await work.handles[0].record()).state == "running"
         with pytest.raises(StoreFullError):
             await services.controller.launch(workflows.Add, {"a": 1})
         filler.unlink()
-        results = await asyncio.gather(*(handle.result() for handle in handles))
-        assert {result.outputs.written for result in results} == {FEW_STEPS}, services.logs()
-        assert steps_in_order(journal.read_text().splitlines())
+        await work.end(killed=True)
 
 
 async def launch_for_ever(services: Services) -> None:
@@ -168,11 +176,9 @@ class SmallServices(Services):
 @pytest.mark.timeout(60)
 async def test_a_database_that_may_not_grow(short_folder: Path) -> None:
     """Though the file system says that there is space: the broker reads everything again, and does not end."""
-    journal = short_folder / "journal"
     async with SmallServices(short_folder, workers=1, slots=PROCESSES) as services:
-        inputs = {"file": str(journal), "steps": FEW_STEPS, "pace_s": 0.01}
-        handles = [await services.controller.launch(workflows.Journal, inputs) for _ in range(PROCESSES)]
-        await file_has(journal, 2 * PROCESSES)
+        work = Work(services, short_folder)
+        await work.begin()
         broker = services.services["broker"]
         broker.send_signal(signal.SIGUSR1)
         with pytest.raises(StoreFullError):
@@ -183,22 +189,16 @@ async def test_a_database_that_may_not_grow(short_folder: Path) -> None:
         assert len(await services.controller.find(Query(states=("running",)))) >= PROCESSES
 
         broker.send_signal(signal.SIGUSR2)
-        results = await asyncio.gather(*(handle.result() for handle in handles))
-        assert {result.outputs.written for result in results} == {FEW_STEPS}, services.logs()
-        lines = journal.read_text().splitlines()
-        assert len(set(lines)) == FEW_STEPS * PROCESSES
-        assert steps_in_order(lines)
+        await work.end()
         assert broker.poll() is None, "it never ended"
 
 
 @pytest.mark.timeout(60)
 async def test_a_disk_that_refuses_ends_the_broker(short_folder: Path) -> None:
     """One sentence and exit code 1; what was confirmed is there, and the next broker goes on."""
-    journal = short_folder / "journal"
     async with Services(short_folder, workers=1, slots=PROCESSES) as services:
-        inputs = {"file": str(journal), "steps": FEW_STEPS, "pace_s": 0.01}
-        handles = [await services.controller.launch(workflows.Journal, inputs) for _ in range(PROCESSES)]
-        await file_has(journal, 2 * PROCESSES)
+        work = Work(services, short_folder)
+        await work.begin()
         broker = services.services.pop("broker")
         wal = wal_bytes(services.profile.database)
         resource.prlimit(broker.pid, resource.RLIMIT_FSIZE, (wal, wal))
@@ -208,4 +208,5 @@ async def test_a_disk_that_refuses_ends_the_broker(short_folder: Path) -> None:
         assert "the broker stops: disk I/O error; what was confirmed is safe, the rest will be said again" in last
         assert "Traceback" not in services.log("broker")
         services.start("broker")
-        await check_end(services, journal, handles, FEW_STEPS)
+        await work.end()
+        assert not await services.controller.find(Query(unfinished=True))

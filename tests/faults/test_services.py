@@ -119,7 +119,7 @@ def noise(path: Path) -> None:
 DATABASES = {
     foreign: "is the database of another program; nothing was changed, choose another file",
     newer: f"was written by a newer Prunus (tables of version {SCHEMA_VERSION + 1}, this one knows {SCHEMA_VERSION})",
-    noise: "is no database; nothing was changed, move it away or choose another file",
+    noise: "is no database, or its beginning is damaged; nothing was changed: choose another file, or restore a backup",
     Path.mkdir: "can't be used as a database",
 }
 
@@ -182,7 +182,7 @@ async def test_a_worker_waits_for_its_broker(short_folder: Path) -> None:
         services.kill("broker")
         services.start("worker-1")
         await services.said("worker-1", "no broker answers at ipc://")
-        assert "yet; waiting for one, for up to 60 s" in services.log("worker-1")
+        assert "waiting for a broker, for up to 60 s" in services.log("worker-1")
         services.start("broker")
         handle = await services.controller.launch(workflows.Add, {"a": 1})
         assert (await handle.result()).outputs.sum == 2

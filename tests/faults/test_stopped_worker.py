@@ -35,7 +35,7 @@ async def test_a_worker_that_was_stopped_beyond_its_lease_changes_nothing(short_
         assert taken.epoch > before.epoch
         await file_has(journal, stopped_at + 5)
         services.go_on(first)
-        await services.said(first, f"another worker claimed process {handle.pid}; this one stops and forgets it")
+        await services.said(first, "somebody else has this task now; its handler is cancelled")
         assert (await handle.result()).outputs.written == STEPS
         assert (await handle.record()).epoch == taken.epoch
 

@@ -17,7 +17,7 @@ from prunus.errors import (
     UnsavableValueError,
 )
 from prunus.messaging.communicator import MAX_BODY_BYTES
-from prunus.messaging.zeromq import connect_zmq
+from prunus.messaging.connecting import connect_to
 from prunus.runtime.inputs import MAX_FILE_BYTES
 from prunus.runtime.profile import Config, Profile
 from prunus.testing.local_daemon import LocalDaemon
@@ -170,7 +170,7 @@ async def test_names_that_are_no_class_are_refused(tmp_path: Path) -> None:
 async def test_a_socket_path_that_is_too_long_is_refused() -> None:
     """With its length, the limit and what to do."""
     with pytest.raises(ProfileError, match=r"has 209 bytes, 106 are possible; use a profile in a folder with a short"):
-        await connect_zmq(f"ipc:///tmp/{'x' * 203}/s"[: 6 + 209])
+        await connect_to(f"ipc:///tmp/{'x' * 203}/s"[: 6 + 209])
 
 
 @pytest.mark.timeout(60)

@@ -41,10 +41,11 @@ class RealDaemon:
             service.terminate()
             await asyncio.to_thread(service.wait, 20)
 
-    def start(self, name: str) -> None:
-        """Start a service; it need not be ready when this returns."""
+    def start(self, name: str, *more: str) -> None:
+        """Start a service, with `more` options; it need not be ready when this returns."""
         module, *options = ("broker",) if name == "broker" else ("worker", "--name", name)
-        command = [sys.executable, "-m", f"prunus.runtime.{module}", "--profile", str(self.profile.path), *options]
+        options += ["--profile", str(self.profile.path), *more]
+        command = [sys.executable, "-m", f"prunus.runtime.{module}", *options]
         with self.profile.log(name).open("ab") as log:
             self.services[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 

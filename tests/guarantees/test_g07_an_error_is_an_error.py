@@ -40,6 +40,17 @@ EXAMPLES: list[errors.PrunusError] = [
     errors.DaemonError("no daemon"),
     errors.ShuttingDownError("worker"),
     errors.ForkedProcessError("communicator"),
+    errors.DeadLetterError("task", "out of attempts"),
+    errors.TaskDeletedError("task", "deleted by hand"),
+    errors.UnknownResourceError("gpu", 2, None),
+    errors.NotPermittedError("viewer", "send tasks"),
+    errors.KeyRefusedError("tcp://broker:1", "does not know the key"),
+    errors.BlobNotFoundError("ab" * 32),
+    errors.BlobDamagedError("ab" * 32),
+    errors.EndpointUnavailableError("cluster", 5, "no route"),
+    errors.ArchiveError("it is no archive"),
+    errors.TransportLostError("cluster", "the connection broke"),
+    errors.CommandFailedError("cluster", "squeue", 1, "no such option"),
 ]
 
 

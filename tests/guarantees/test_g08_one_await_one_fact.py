@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunus.messaging.communicator import IncomingTask, Subscription
+from prunus.messaging.inventory import QueueLimits
 from prunus.messaging.local import LocalBroker
 from prunus.messaging.peer import PeerCommunicator
 from prunus.persistence import MemoryPersister, Persister
@@ -52,6 +53,7 @@ async def test_a_persister_answers_with_facts() -> None:
             await persister.create(new(pid))
             await persister.claim(pid, "me", at=0.0)
         await persister.save(Save(pid="forked", epoch=1, state="running", checkpoint=b"x", keep_as="fit"))
+        copy = await persister.export("forked")
         ended = Save(pid="ended", epoch=1, state="finished", result=b"r")
         calls: Calls = {
             "create": lambda: persister.create(new("new")),
@@ -71,11 +73,15 @@ async def test_a_persister_answers_with_facts() -> None:
             "query": lambda: persister.query(Query()),
             "history": lambda: persister.history("new"),
             "delete": lambda: persister.delete("ended"),
+            "prune": lambda: persister.prune(Query()),
+            "export": lambda: persister.export("forked"),
+            "stage": lambda: persister.stage("copy", 0, [copy]),
+            "adopt": lambda: persister.adopt("copy", 1, "elsewhere", skip_existing=True),
         }
         await each_is_a_fact(Persister, calls)
 
 
-async def test_a_communicator_answers_with_facts() -> None:
+async def test_a_communicator_answers_with_facts(tmp_path: Path) -> None:
     """All of the seam, and what a receipt and subscriptions can be asked."""
 
     async def echo(body: bytes) -> bytes:
@@ -97,13 +103,35 @@ async def test_a_communicator_answers_with_facts() -> None:
             "rpc_send": lambda: communicator.rpc_send("echo", b"body"),
             "broadcast_send": lambda: communicator.broadcast_send(b"body"),
             "call": lambda: communicator.call([b"words"]),
+            "next_task": lambda: communicator.next_task(queue="pulled"),
+            "tasks": communicator.tasks,
+            "requeue": lambda: communicator.requeue(queue="other", place="dead"),
+            "bury": lambda: communicator.bury("nothing"),
+            "delete": lambda: communicator.delete("nothing"),
+            "purge": lambda: communicator.purge("other"),
+            "configure_queue": lambda: communicator.configure_queue("other", QueueLimits()),
+            "configure_resource": lambda: communicator.configure_resource("gpu", 2),
+            "statistics": communicator.statistics,
+            "blob_put": lambda: communicator.blob_put(b"large"),
+            "blob_get": lambda: communicator.blob_get(blob),
+            "blob_save": lambda: communicator.blob_save(blob, tmp_path / "blob"),
             "close": communicator.close,
         }
+        blob = await other.blob_put(b"large")
         subscription = await other.add_task_subscriber(work, queue="other", credit=1)
         receipt = await other.task_send(b"body", queue="other", want_result=True)
         await each_is_a_fact(type(receipt), {"result": receipt.result})
         lane: Calls = {"set_credit": lambda: subscription.set_credit(2), "cancel": subscription.cancel}
         await each_is_a_fact(Subscription, lane)
+        for _ in range(4):
+            await other.task_send(b"body", queue="pulled")
+        tasks = [await other.next_task(queue="pulled") for _ in range(3)]
+        taken: Calls = {
+            "acknowledge": tasks[0].acknowledge,
+            "fail": lambda: tasks[1].fail(ValueError()),
+            "reject": tasks[2].reject,
+        }
+        await each_is_a_fact(type(tasks[0]), taken)
         await each_is_a_fact(PeerCommunicator, calls)
     broker.close()
     connection.close()
@@ -115,6 +143,7 @@ async def test_a_controller_and_its_handles_answer_with_facts(tmp_path: Path) ->
         controller = ProcessController(await daemon.broker.connect())
         calls: Calls = {
             "launch": lambda: controller.launch(workflows.Ask, pid="ask"),
+            "launch_many": lambda: controller.launch_many([(workflows.Add, {"a": 1})]),
             "find": controller.find,
             "pause_all": controller.pause_all,
             "play_all": controller.play_all,
@@ -160,5 +189,8 @@ async def test_a_controller_and_its_handles_answer_with_facts(tmp_path: Path) ->
             "history": ask.history,
             "kill": doomed.kill,
             "retry": heal.retry,
+            "children": chain.children,
+            "parent": chain.parent,
+            "delete": chain.delete,
         }
         await each_is_a_fact(ProcessHandle, calls)

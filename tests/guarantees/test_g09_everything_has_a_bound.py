@@ -39,8 +39,8 @@ async def test_a_worker_never_holds_more_than_its_slots(tmp_path: Path) -> None:
         handles = [await daemon.controller.launch(workflows.Endless, {"begun": str(file)}) for _ in range(10)]
         await file_has(file, 3)
         statistics = await daemon.controller.broker_statistics()
-        assert list(statistics["held"].values()) == [3]
-        assert statistics["pending"] == {"default": 7}
+        queue = statistics["queues"]["default"]
+        assert (queue["held"], queue["ready"]) == (3, 7)
         assert statistics["delivered"] == 3, "more are not even offered"
         await asyncio.gather(*(handle.kill() for handle in handles))
 
@@ -55,12 +55,11 @@ async def test_an_input_that_is_too_large_is_refused_before_it_is_sent() -> None
 
 
 async def test_a_body_of_one_byte_too_many_is_refused() -> None:
-    """Of a task, a question, a broadcast and a call: before it is sent, and with the same limit."""
+    """Of a question, a broadcast and a call: before it is sent, and with the same limit."""
     async with LocalDaemon(workers=0) as daemon:
         communicator = daemon.controller._backend.communicator
         body = bytes(MAX_BODY_BYTES + 1)
         sends = [
-            communicator.task_send(body),
             communicator.rpc_send("nobody", body),
             communicator.broadcast_send(body),
             communicator.call([body]),

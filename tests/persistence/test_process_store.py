@@ -17,8 +17,20 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from prunus.errors import BusyError, CheckpointNotFoundError, InvalidStateError, StaleOwnerError, StoreFullError
 from prunus.persistence import sqlite
-from prunus.persistence.persister import Claim, Effects, Event, LogLine, Note, Query, Reply, Save, Tell
-from prunus.persistence.sqlite import ProcessStore, merge, open_database
+from prunus.persistence.persister import (
+    PLAIN,
+    Claim,
+    Effects,
+    Event,
+    LogLine,
+    Note,
+    Query,
+    Reply,
+    Route,
+    Save,
+    Tell,
+)
+from prunus.persistence.sqlite import Blamed, ProcessStore, merge, open_database
 from prunus.testing.persister_contract import new, save_of
 
 NOTHING = Effects()
@@ -166,7 +178,7 @@ class TestCalled:
     def test_children_of_a_save_are_told_by_it(self, store: ProcessStore) -> None:
         """They are runnable and called at once."""
         save = save_of(started(store), children=(new("a", parent="p"),), tells=(Tell(b"pause"), Tell(b"play")))
-        assert store.save(save)[1] == Effects(runnable=("a",), called=("a",))
+        assert store.save(save)[1] == Effects(runnable=("a",), called=("a",), routes={"a": Route(depth=1)})
         assert store.load("a")[0].inbox_last == 2
 
     def test_a_child_that_is_told_need_not_have_room(
@@ -464,11 +476,193 @@ class TestEpochs:
         assert store.release("p", claim.epoch)[1] == NOTHING
 
 
+class TestRoutes:
+    """Where a process goes when it becomes runnable."""
+
+    def test_every_effect_says_it(self, store: ProcessStore) -> None:
+        """Of those that are not plain: when they are created, given back, woken, called by mail or by a timer, revived,
+        and looked through."""
+        route = Route("gpu", 3, {"licence": 2}, 0)
+        options = {"queue": "gpu", "priority": 3, "resources": {"licence": 2}}
+        runnable = Effects(runnable=("p",), routes={"p": route})
+        assert store.create(new(**options))[1] == runnable
+        assert store.release("p", store.claim("p", "w", at=1.0)[0].epoch)[1] == runnable
+        waits = {
+            "group": ({"waits": (("c",),), "children": (new("c", parent="p"),)}, lambda: end(store, "c")),
+            "mail": (
+                {"names": ("m",), "listens": ("m",)},
+                lambda: store.send("p", "m", b"", at=1.0)[1],
+            ),
+            "timer": ({"wake_at": 1e9}, lambda: store.fire_timers(2e9)),
+            "worker": ({"wake_at": 0.0, "release": False}, lambda: store.release_all("w")),
+        }
+        for what, (fields, wake) in waits.items():
+            save = save_of(store.claim("p", "w", at=1.0)[0], "waiting", **{"release": True, **fields})
+            assert "p" not in store.save(save)[1].runnable, what
+            assert wake() == runnable, what
+        end(store, "p", "excepted")
+        assert store.revive("p")[1] == runnable
+        assert store.unheld_work() == runnable
+        assert store.routes(["p", "c"]) == {"p": route, "c": Route(depth=1)}
+
+    def test_the_plain_ones_cost_nothing(self, store: ProcessStore) -> None:
+        """They are not named."""
+        assert store.create(new())[1] == Effects(runnable=("p",))
+        assert store.routes(["p"]) == {}
+
+
+class TestCrashes:
+    """How many workers were lost with a process."""
+
+    def test_each_worker_that_is_lost_counts_until_a_step_ends(self, store: ProcessStore) -> None:
+        """A save in the middle of the step, for a letter, is no progress; the next step begins anew."""
+        for count in (1, 2):
+            claim = started(store) if count == 1 else store.claim("p", "w", at=2.0)[0]
+            store.save(save_of(claim, keep_as="run" if count == 1 else None, step="run"))
+            assert store.blame_all("w", "w").steps == {"p": "run"}
+            assert store.load("p")[0].crashes == count
+        claim = store.claim("p", "w", at=3.0)[0]
+        assert claim.record.crashes == 2
+        store.save(save_of(claim, inbox_done=0))
+        assert store.load("p")[0].crashes == 2
+        store.save(save_of(claim, keep_as="next"))
+        assert store.load("p")[0].crashes == 0
+
+    def test_who_gives_back_is_not_lost(self, store: ProcessStore) -> None:
+        """A worker that leaves in order costs nothing, also if it left something undone."""
+        store.release("p", started(store).epoch)
+        assert store.blame_all("w", "w") == Blamed(NOTHING, {}, ())
+        store.claim("p", "w", at=2.0)
+        assert store.release_all("w") == Effects(runnable=("p",))
+        assert store.load("p")[0].crashes == 0
+
+    @pytest.mark.parametrize("fields", [{"play": "paused"}, {"state": "waiting"}])
+    def test_who_is_held_for_a_letter_alone_is_not_blamed(self, store: ProcessStore, fields: dict[str, str]) -> None:
+        """It takes no step: what ended the worker was something else."""
+        store.save(save_of(started(store), **{"release": True, "state": "running", **fields}))
+        store.post("p", b"hello")
+        store.claim("p", "w", at=2.0)
+        assert store.blame_all("w", "w") == Blamed(Effects(called=("p",)), {}, ())
+        assert store.load("p")[0].crashes == 0
+
+    def test_too_many_set_it_aside_until_somebody_retries_it(self, store: ProcessStore) -> None:
+        """With the step, the last worker and the count; one before that it is a suspect."""
+        store.max_crashes = 3
+        store.save(save_of(started(store), keep_as="run", step="run"))
+        for number, suspect in ((1, False), (2, False), (3, True)):
+            assert store.claim("p", "w", at=2.0)[0].record.suspect == suspect
+            blamed = store.blame_all("w", f"worker-{number}, pid 471{number}")
+        assert blamed == Blamed(NOTHING, {"p": "run"}, ("p",))
+        assert store.unheld_work() == NOTHING
+        record = store.load("p")[0]
+        assert record.aside == "its worker died 3 times in the step 'run' (last: worker-3, pid 4713)"
+        assert record.suspect
+        said = [(event.subject, event.note, event.step) for event in store.history("p")[0][-4:]]
+        assert said == [
+            ("claimed", None, None),
+            ("crashed", "worker-3, pid 4713 died in the step 'run'", "run"),
+            ("set_aside", record.aside, None),
+            ("released", "its worker is gone", None),
+        ]
+        assert store.revive("p")[1] == Effects(runnable=("p",))
+        record = store.load("p")[0]
+        assert (record.aside, record.crashes, record.suspect) == (None, 0, False)
+
+    def test_without_a_limit_nothing_is_set_aside(self, store: ProcessStore) -> None:
+        """0 says: try it for ever."""
+        started(store)
+        for _ in range(20):
+            assert store.blame_all("w", "w").aside == ()
+            assert not store.claim("p", "w", at=2.0)[0].record.suspect
+        assert store.load("p")[0].crashes == 20
+
+    def test_a_pardon_takes_back_one_death(self, store: ProcessStore) -> None:
+        """Not below zero, and not from those that are aside."""
+        store.max_crashes = 2
+        started(store)
+        store.pardon(["p", "nobody"])
+        assert store.load("p")[0].crashes == 0
+        store.blame_all("w", "w")
+        store.pardon(["p"])
+        assert store.load("p")[0].crashes == 0
+        for _ in range(2):
+            store.claim("p", "w", at=2.0)
+            store.blame_all("w", "w")
+        store.pardon(["p"])
+        assert store.load("p")[0].crashes == 2
+
+    @pytest.mark.parametrize("state", ["waiting", *ENDS])
+    def test_where_it_parks_or_ends_it_begins_anew(self, store: ProcessStore, state: str) -> None:
+        """The step that took the workers down is over."""
+        started(store)
+        store.blame_all("w", "w")
+        store.save(save_of(store.claim("p", "w", at=3.0)[0], state, wake_at=9.0 if state == "waiting" else None))
+        assert store.load("p")[0].crashes == 0
+
+    def test_a_revived_process_begins_anew(self, store: ProcessStore) -> None:
+        """Somebody has looked at it."""
+        started(store)
+        store.blame_all("w", "w")
+        claim = store.claim("p", "w", at=3.0)[0]
+        store.set_aside("p", claim.epoch, "its worker was lost")
+        assert store.load("p")[0].crashes == 1
+        store.revive("p")
+        assert store.load("p")[0].crashes == 0
+
+
+class TestForgetting:
+    """What ended is forgotten some at a time, by who looks after the store."""
+
+    def test_a_batch_looks_at_so_many(self, connection: sqlite3.Connection) -> None:
+        """The longest ended first, and goes on where the last one ended, also behind those that are needed."""
+        ticks = itertools.count(10)
+        store = ProcessStore(connection, clock=lambda: float(next(ticks)))
+        children = tuple(new(f"c{number}") for number in range(5))
+        claim, waits = started(store), (tuple(child.pid for child in children),)
+        store.save(save_of(claim, "waiting", children=children, waits=waits, release=True))
+        for child in children:
+            end(store, child.pid)
+        end_of = {child.pid: (store.load(child.pid)[0].updated_at, n) for n, child in enumerate(children, 2)}
+        assert store.forget_ended("finished", 1e9, (0.0, 0), 2) == (0, end_of["c1"])
+        store.save(save_of(store.claim("p", "w", at=1.0)[0], "waiting", waits=(("c0",), ("c3",)), release=True))
+        assert store.forget_ended("finished", 1e9, (0.0, 0), 2) == (1, end_of["c1"])
+        assert store.forget_ended("finished", 1e9, end_of["c1"], 10) == (2, None)
+        assert [record.pid for record in store.query(Query())[0]] == ["c3", "c0", "p"]
+
+    def test_what_ended_lately_is_kept(self, store: ProcessStore) -> None:
+        """And what ended otherwise."""
+        started(store)
+        end(store, "p")
+        assert store.forget_ended("finished", NOW, (0.0, 0), 9) == (0, None)
+        assert store.forget_ended("killed", NOW + 1, (0.0, 0), 9) == (0, None)
+        assert store.forget_ended("finished", NOW + 1, (0.0, 0), 9) == (1, None)
+
+    def test_a_pid_that_was_pruned_begins_above_its_old_epochs(self, connection: sqlite3.Connection) -> None:
+        """As after `delete`."""
+        store = ProcessStore(connection)
+        old = started(store)
+        store.save(save_of(old, "finished"))
+        assert store.prune(Query())[0] == 1
+        for again in (store, ProcessStore(connection)):
+            again.create(new())
+            assert again.claim("p", "w", at=3.0)[0].epoch > old.epoch
+
+    @pytest.mark.parametrize("query", [Query(), Query(states=("killed",), updated_before=9.0)], ids=repr)
+    def test_no_living_process_is_passed(
+        self, store: ProcessStore, connection: sqlite3.Connection, query: Query
+    ) -> None:
+        """Those that ended have an index of their own."""
+        for state in query.states or ENDS:
+            statement, values = sqlite._prune_statement(query, state)
+            plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", values)]
+            assert plan[0].startswith("SEARCH process USING INDEX process_ended (state=?"), plan
+
+
 STATEMENTS = [
     name
     for name, value in vars(sqlite).items()
     if name.startswith("_") and isinstance(value, str) and value.split()[:1] in (["SELECT"], ["UPDATE"], ["DELETE"])
-    if name not in ("_FACTS", "_RECORD", "_HAS_TABLES", "_COUNT_STATES", "_DELETED_EPOCH")
+    if name not in ("_FACTS", "_RECORD", "_HAS_TABLES", "_COUNT_STATES", "_DELETED_EPOCH", "_FORGET_COUNTS")
 ]
 OWN_ROWS = ("SCAN (subquery-2)",)
 
@@ -502,7 +696,8 @@ class TestWhole:
         end(store, "p", "excepted")
         store.delete("p")
         tables = [name for [name] in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        tables = [name for name in tables if name != "fence"]
+        tables = [name for name in tables if name not in ("fence", "tally")]
+        assert store.statistics() == {}
         assert {name: connection.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in tables} == (
             dict.fromkeys(tables, 0)
         )
@@ -555,6 +750,12 @@ class TestWhole:
             Query(roots=True),
             Query(aside=True),
             Query(states=("finished",), before="p"),
+            Query(prefix="x"),
+            Query(prefix="x", unfinished=True),
+            Query(key="x"),
+            Query(queue="x"),
+            Query(queue="default", unfinished=True),
+            Query(states=("waiting",), created_before=1.0),
         ],
         ids=repr,
     )
@@ -597,11 +798,14 @@ class TestWhole:
             ("_FIND_COMPLETED", "SEARCH wait USING PRIMARY KEY (waiter=? AND ended=? AND grp=?)"),
             ("_TAKE_BACK", "SEARCH member USING PRIMARY KEY (waiter=? AND ended=?)"),
             ("_RESULTS_WAITED_FOR", "SEARCH wait USING PRIMARY KEY (waiter=? AND ended>?)"),
-            ("_FIND_TOLD", "SEARCH process USING INDEX process_by_parent (parent=?)"),
-            ("_ADD_LETTERS", "SEARCH process USING INDEX process_by_parent (parent=?)"),
-            ("_COUNT_LETTERS", "SEARCH process USING INDEX process_by_parent (parent=?)"),
+            ("_FIND_TOLD", "SEARCH process USING INDEX process_living_child (parent=?)"),
+            ("_ADD_LETTERS", "SEARCH process USING INDEX process_living_child (parent=?)"),
+            ("_COUNT_LETTERS", "SEARCH process USING INDEX process_living_child (parent=?)"),
             ("_OLDEST_MAIL", "SEARCH mail USING INDEX mail_by_name (process=? AND name=?)"),
             ("_ANY_MAIL", "SEARCH mail USING COVERING INDEX mail_by_name (process=? AND name=?)"),
+            ("_FIND_ENDED", "SEARCH process USING INDEX process_ended (state=? AND ended_at>? AND ended_at<?)"),
+            ("_FIND_ENDED", "SEARCH wait USING COVERING INDEX wait_for_target (target=?)"),
+            ("_TAKEN", "SEARCH process USING INDEX process_by_key (key=?)"),
             ("_LOG", "SEARCH line USING PRIMARY KEY (process=? AND seq>?)"),
             ("_LOG_END", "SEARCH line USING PRIMARY KEY (process=? AND seq>?)"),
         ],
@@ -658,6 +862,10 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.connection.close()
 
+    def route_of(self, pid: str) -> Route:
+        record = self.store.load(pid)[0]
+        return Route(record.queue, record.priority, record.resources, record.depth)
+
     def do(self, operation: Any, *arguments: Any, **keywords: Any) -> Any:
         """As its owner runs the store: in a transaction, undone if it is refused. What it tells must be true."""
         self.connection.execute("BEGIN")
@@ -670,13 +878,20 @@ class StoreMachine(RuleBasedStateMachine):
         now = self.store.unheld_work()
         assert set(effects.runnable) <= set(now.runnable)
         assert set(effects.called) <= set(now.called)
+        routes = {pid: route for pid in effects.runnable if (route := self.route_of(pid)) != PLAIN}
+        assert effects.routes == routes
+        assert now.routes.items() >= routes.items()
         self.told_runnable.update(effects.runnable)
         self.told_called.update(effects.called)
         return answer
 
-    @rule(pid=pids)
-    def create(self, pid: str) -> None:
-        self.do(self.store.create, new(pid))
+    @rule(pid=pids, queue=st.sampled_from(["default", "default", "gpu"]), key=st.sampled_from([None, None, "k"]))
+    def create(self, pid: str, queue: str, key: str | None) -> None:
+        known = {record.pid: record.key for record in self.store.query(Query(limit=10))[0]}
+        holder = next((each for each, its in known.items() if key is not None and its == key), None)
+        created = self.do(self.store.create, new(pid, queue=queue, key=key))
+        assert created.is_new == (pid not in known and holder is None)
+        assert created.pid == (pid if pid in known or holder is None else holder)
 
     @rule(pid=pids, target=claims)
     def claim(self, pid: str) -> Any:
@@ -772,6 +987,34 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(pid=pids)
     def delete(self, pid: str) -> None:
         self.do(self.store.delete, pid)
+
+    @rule(states=st.sampled_from([(), ("finished",)]), limit=st.integers(1, 2))
+    def prune(self, states: tuple[str, ...], limit: int) -> None:
+        before = {record.pid: record for record in self.store.query(Query(limit=10))[0]}
+        count = self.do(self.store.prune, Query(states=states, limit=limit))
+        gone = [before[pid] for pid in before.keys() - self.pids_there()]
+        assert len(gone) == count <= limit
+        for record in gone:
+            assert record.state in (states or ENDS)
+            assert not any(record.pid in other.waits for other in before.values())
+            assert all(other.is_terminal for other in before.values() if other.parent == record.pid)
+
+    @rule()
+    def lose_the_worker(self) -> None:
+        self.do(lambda: (None, self.store.release_all("w")))
+
+    def pids_there(self) -> set[str]:
+        return {record.pid for record in self.store.query(Query(limit=10))[0]}
+
+    @invariant()
+    def who_ended_has_a_time(self) -> None:
+        for state, ended_at, updated_at in self.connection.execute("SELECT state, ended_at, updated_at FROM process"):
+            assert ended_at == (updated_at if state in ENDS else None)
+
+    @invariant()
+    def the_tally_is_right(self) -> None:
+        counted = self.connection.execute("SELECT state, count(*) FROM process GROUP BY state").fetchall()
+        assert self.store.statistics() == dict(counted)
 
     @invariant()
     def whoever_can_go_on_was_told(self) -> None:

@@ -12,13 +12,27 @@ import pytest
 
 from prunus.errors import CheckpointNotFoundError, ProtocolError
 from prunus.persistence import requests
-from prunus.persistence.persister import Claim, Effects, Event, LogLine, Note, Persister, Query, Reply, Save, Tell
+from prunus.persistence.persister import (
+    Claim,
+    Created,
+    Cursor,
+    Effects,
+    Event,
+    LogLine,
+    Note,
+    Persister,
+    Portion,
+    Query,
+    Reply,
+    Save,
+    Tell,
+)
 from prunus.persistence.requests import ANSWERS, decode_answer, decode_request, encode_request, execute
 from prunus.persistence.sqlite import ProcessStore, open_database
 from prunus.testing.persister_contract import new
 
 EXAMPLES: list[requests.Request] = [
-    requests.CreateRequest(new(parent="q", tags=("a",))),
+    requests.CreateRequest(new(parent="q", tags=("a",), queue="gpu", priority=9, resources={"licence": 2}, key="ours")),
     requests.ClaimRequest("p", "w", 1.0),
     requests.SaveRequest(
         Save(
@@ -45,11 +59,15 @@ EXAMPLES: list[requests.Request] = [
     requests.SendRequest("p", "name", b"\xff", 1.0, "me"),
     requests.LoadRequest("p"),
     requests.QueryRequest(Query(states=("running",))),
-    requests.HistoryRequest("p"),
+    requests.HistoryRequest("p", 7),
     requests.LogRequest("p", 5, 10, 3),
     requests.PastRequest("p"),
     requests.PastCheckpointRequest("p", 1),
     requests.DeleteRequest("p"),
+    requests.PruneRequest(Query(states=("finished",), updated_before=1.5)),
+    requests.ExportRequest("p", Cursor("mail", 3, 7)),
+    requests.StageRequest("ship", 2, (Portion(pid="p", replies=(Reply(1, b"x"),), next=Cursor("lines", 0, 7)),)),
+    requests.AdoptRequest("ship", 3, "far", True),
 ]
 
 
@@ -87,7 +105,7 @@ def test_effects_come_beside_the_answer(store: ProcessStore) -> None:
     """They are for the owner of the store, not for the peer."""
     request = requests.CreateRequest(new())
     answer, effects = execute(store, encode_request(request))
-    assert (decode_answer(request, answer), effects) == (True, Effects(runnable=("p",)))
+    assert (decode_answer(request, answer), effects) == (Created("p", is_new=True), Effects(runnable=("p",)))
 
 
 def test_the_stores_errors_are_raised(store: ProcessStore) -> None:

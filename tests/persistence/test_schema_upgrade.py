@@ -11,19 +11,25 @@ from pathlib import Path
 import pytest
 
 from prunus.errors import StoreFullError
+from prunus.messaging.queues import depth_of, priority_of
+from prunus.messaging.taskstore import TaskStore
 from prunus.persistence.database import SCHEMA_VERSION, find_damage, open_database
-from prunus.persistence.persister import Effects, Query
+from prunus.persistence.persister import Effects, Query, Route
 from prunus.persistence.sqlite import ProcessStore
 from prunus.testing.persister_contract import new, save_of
 
-VERSION_1 = Path(__file__).parent / "golden" / "schema1.db.gz"
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def unpacked(version: int, folder: Path) -> Path:
+    path = folder / "prunus.db"
+    path.write_bytes(gzip.decompress((GOLDEN / f"schema{version}.db.gz").read_bytes()))
+    return path
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    path = tmp_path / "prunus.db"
-    path.write_bytes(gzip.decompress(VERSION_1.read_bytes()))
-    return path
+    return unpacked(1, tmp_path)
 
 
 @pytest.fixture
@@ -45,6 +51,7 @@ def columns(connection: sqlite3.Connection) -> dict[str, set[tuple[object, ...]]
     """Of each table (name, type, not null, default, primary key)."""
     tables = connection.execute(
         "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'broker%' AND name NOT LIKE 'sqlite%'"
+        " AND name <> 'log_mark'"
     ).fetchall()
     return {name: {row[1:] for row in connection.execute(f"PRAGMA table_info({name})")} for [name] in tables}
 
@@ -66,21 +73,32 @@ def test_the_golden_file_is_of_version_1(connection: sqlite3.Connection) -> None
     ] == []
 
 
-def test_its_tables_become_those_of_a_new_database(store: ProcessStore, connection: sqlite3.Connection) -> None:
-    """Column by column and index by index; the file is sound, and no reference hangs in the air."""
-    assert version(connection) == SCHEMA_VERSION
-    with closing(open_database(":memory:")) as fresh:
-        ProcessStore(fresh)
-        assert columns(connection) == columns(fresh)
-        assert indexes(connection) == indexes(fresh)
-    assert find_damage(connection) == []
-    assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
-    assert connection.execute("SELECT key FROM broker_task").fetchall() == [("created",)]
+@pytest.mark.parametrize("before", [1, 2])
+def test_its_tables_become_those_of_a_new_database(before: int, tmp_path: Path) -> None:
+    """Column by column and index by index; the file is sound, no reference hangs in the air, and the processes are
+    counted."""
+    with closing(open_database(unpacked(before, tmp_path))) as connection:
+        assert version(connection) == before
+        store = ProcessStore(connection)
+        assert version(connection) == SCHEMA_VERSION
+        with closing(open_database(":memory:")) as fresh:
+            ProcessStore(fresh)
+            assert columns(connection) == columns(fresh)
+            assert indexes(connection) == indexes(fresh)
+        assert find_damage(connection) == []
+        assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+        assert connection.execute("SELECT key FROM broker_task LIMIT 1").fetchone() == ("created",)
+        counted = connection.execute("SELECT state, count(*) FROM process GROUP BY state").fetchall()
+        assert store.statistics() == dict(counted)
 
 
 def test_everybody_is_in_the_situation_it_was_in(store: ProcessStore) -> None:
     """Who could go on can; who waited waits; who was held is held."""
-    assert store.unheld_work() == Effects(runnable=("created", "running", "child-open", "complete"), called=("paused",))
+    assert store.unheld_work() == Effects(
+        runnable=("created", "running", "child-open", "complete"),
+        called=("paused",),
+        routes={"child-open": Route(depth=1)},
+    )
     assert store.held() == ("held", "held-waiter")
     rows = {record.pid: record for record in store.query(Query(limit=50))[0]}
     assert {pid: record.state for pid, record in rows.items() if record.is_terminal} == {
@@ -169,3 +187,59 @@ def test_an_empty_database_of_version_1_is_upgraded(tmp_path: Path) -> None:
         connection.execute("PRAGMA user_version = 1")
         ProcessStore(connection).create(new())
         assert version(connection) == SCHEMA_VERSION
+
+
+class TestVersion2:
+    """Every process was in one queue, and nobody knew how deep in its tree it was."""
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        return unpacked(2, tmp_path)
+
+    def test_every_process_goes_on_as_a_plain_one(self, store: ProcessStore) -> None:
+        """In the default queue, without a key, and as deep as its tree is; who has lost its parent is a root."""
+        rows = {record.pid: record for record in store.query(Query())[0]}
+        depths = {pid: record.depth for pid, record in rows.items()}
+        assert {pid: depth for pid, depth in depths.items() if depth} == {"child": 1, "other": 1, "grandchild": 2}
+        assert depths["orphan"] == 0
+        assert {(one.queue, one.priority, one.key, one.crashes) for one in rows.values()} == {("default", 0, None, 0)}
+        assert all(record.resources == {} for record in rows.values())
+
+    def test_everybody_is_in_the_situation_it_was_in(self, store: ProcessStore) -> None:
+        """Who could go on can, with its route; groups, timers, mail, logs and past checkpoints are as they were."""
+        assert store.unheld_work() == Effects(
+            runnable=("created", "grandchild", "orphan"),
+            called=("paused",),
+            routes={"grandchild": Route(depth=2)},
+        )
+        assert store.held() == ("held",)
+        assert store.next_wake() == 9999.0
+        assert store.fire_timers(9999.0) == Effects(runnable=("timer",))
+        assert store.send("mail", "x", b"came", at=4.0)[1] == Effects(runnable=("mail",))
+        assert [mail.body for mail in store.claim("mail", "w", at=1.0)[0].mail] == [b"came", b"kept"]
+        assert (store.load("held")[0].progress, store.log("held")[0][0].text) == (0.5, "said")
+        assert [past.step for past in store.past("excepted")[0]] == ["run"]
+        assert store.reply("killed", 1)[0] == b"yes"
+
+    def test_what_has_ended_can_be_forgotten(self, store: ProcessStore) -> None:
+        """It ended when it was updated last."""
+        assert store.forget_ended("killed", 5000.0, (0.0, 0), 9) == (0, None)
+        assert store.forget_ended("killed", 5001.0, (0.0, 0), 9) == (1, None)
+
+    def test_a_tree_ends_from_its_leaves(self, store: ProcessStore) -> None:
+        """The waits of each are complete when the last below it has ended."""
+        claim = store.claim("grandchild", "w", at=1.0)[0]
+        assert store.save(save_of(claim, "finished"))[1] == Effects(
+            runnable=("child",), routes={"child": Route(depth=1)}
+        )
+        claim = store.claim("child", "w", at=1.0)[0]
+        assert store.save(save_of(claim, "finished"))[1] == Effects(runnable=("root",))
+        assert list(store.claim("root", "w", at=1.0)[0].results) == ["other", "child"]
+
+    def test_its_tasks_keep_their_priorities(self, connection: sqlite3.Connection) -> None:
+        """Which were stored without a depth."""
+        tasks = {task.key: task for task in TaskStore(connection).load().tasks}
+        assert {key: (priority_of(one.urgency), depth_of(one.urgency)) for key, one in tasks.items()} == {
+            "created": (0, 0),
+            "grandchild": (4, 0),
+        }

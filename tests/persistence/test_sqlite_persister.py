@@ -17,7 +17,7 @@ import pytest
 from prunus.errors import CheckpointNotFoundError, ForkedProcessError, PersistenceError, StoreFullError
 from prunus.persistence import MemoryPersister, SqlitePersister, sqlite
 from prunus.persistence.database import open_database, wal_bytes
-from prunus.persistence.persister import Effects, Query
+from prunus.persistence.persister import Created, Effects, Query
 from prunus.testing.persister_contract import new, save_of
 
 
@@ -66,7 +66,7 @@ class TestGroupCommit:
                 persister.create(new("b")),
                 return_exceptions=True,
             )
-            assert answers[0] is answers[2] is True
+            assert (answers[0], answers[2]) == (Created("a", is_new=True), Created("b", is_new=True))
             assert isinstance(answers[1], CheckpointNotFoundError)
             assert [record.pid for record in await persister.query(Query())] == ["b", "a", "p"]
 
@@ -156,7 +156,7 @@ class TestTrouble:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert await persister.create(new("q")) is True
+            assert (await persister.create(new("q"))).is_new
             assert len(await persister.query(Query())) == 2
 
     async def test_a_file_that_can_not_be_opened_is_said_at_once(self, path: Path) -> None:
@@ -215,7 +215,7 @@ class TestTrouble:
                     os._exit(status)
             _, status = os.waitpid(child, 0)  # noqa: ASYNC222
             assert os.waitstatus_to_exitcode(status) == 0
-            assert await persister.create(new("p")) is True
+            assert (await persister.create(new("p"))).is_new
 
 
 SAVING = """
@@ -266,5 +266,5 @@ class TestEnd:
         """Each gets its answers in its own."""
         async with SqlitePersister(path) as persister:
             made = await asyncio.to_thread(lambda: asyncio.run(persister.create(new("p"))))
-            assert made is True
+            assert made.is_new
             assert (await persister.load("p")).pid == "p"

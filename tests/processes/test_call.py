@@ -276,7 +276,7 @@ async def test_a_pause_of_the_caller_waits_for_the_end_of_the_step() -> None:
 
 async def test_only_a_step_can_call() -> None:
     """Outside of one write `execute`."""
-    with pytest.raises(InvalidStateError, match="in a step, to call a process"):
+    with pytest.raises(InvalidStateError, match="in a step to call a process"):
         Down({"depth": 1}).call(Down, {"depth": 0})
 
 

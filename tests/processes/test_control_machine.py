@@ -360,7 +360,7 @@ class Control(RuleBasedStateMachine):
             match error:
                 case None:
                     told[reply.token] = reply.value
-                case InvalidStateError(needed="not ended"):
+                case InvalidStateError(needed="alive"):
                     told[reply.token] = "ended"
                 case InvalidStateError(needed=needed) if needed.startswith("suspended"):
                     told[reply.token] = "not suspended"

@@ -304,7 +304,7 @@ def mark(message: Message, taken: bool, replies: list[Reply]) -> str:
         return "✓"
     error = reply.failure.to_exception()
     assert isinstance(error, InvalidStateError)
-    if error.needed == "not ended":
+    if error.needed == "alive":
         assert error.state in ("finished", "excepted", "killed")
         return "†"
     assert isinstance(message, Resume)

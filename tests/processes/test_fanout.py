@@ -328,9 +328,9 @@ async def test_a_method_that_fails_later_ends_the_process(crashes: bool) -> None
 async def test_results_are_read_in_a_step_only() -> None:
     """Outside there is no driver to read them."""
     results = MapResults("p.1", 2)
-    with pytest.raises(InvalidStateError, match="in a step, to read the results of its fan-out"):
+    with pytest.raises(InvalidStateError, match="in a step to read the results of its fan-out"):
         next(iter(results))
-    with pytest.raises(InvalidStateError, match="in a step, to read the results of its fan-out"):
+    with pytest.raises(InvalidStateError, match="in a step to read the results of its fan-out"):
         await results.get(0)
     with pytest.raises(IndexError, match="there are results 0 to 1, not 2"):
         await results.get(2)

@@ -278,7 +278,7 @@ async def test_a_plain_function_is_done_in_a_thread() -> None:
 
 async def test_only_a_step_can_do_something_once() -> None:
     """There is nothing to keep it with in between."""
-    with pytest.raises(InvalidStateError, match="in a step, to do something once"):
+    with pytest.raises(InvalidStateError, match="in a step to do something once"):
         await relax({"element": "Cu"}).do("x", build, "Cu", 1.0)
 
 

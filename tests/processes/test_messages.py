@@ -88,6 +88,64 @@ async def waiting(kind: type[Process] = Review) -> Any:
 # --- messages ---------------------------------------------------------------------------------------
 
 
+def waits_with(name: str, schema: Any, *, beside: bool = False) -> type[Process]:
+    """A class that says the type of a message where it waits for it."""
+
+    class Waits(Review):
+        @classmethod
+        def define(cls, spec: Any) -> None:
+            super().define(spec)
+            spec.message("any_kind")
+
+        async def run(self) -> Wait:
+            waiting = message(name, schema=schema)
+            return Wait.any(sleep(60), Wait.all(waiting, sleep(1))) if beside else Wait(waiting, then=self.decide)
+
+    return Waits
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(("name", "schema"), [("verdict", Verdict), ("count", int), ("any_kind", Any)])
+async def test_the_type_of_a_message_may_be_said_where_it_is_waited_for(name: str, schema: Any, beside: bool) -> None:
+    """It is the declared one, by a nested class or by the spec; nothing of it stands in the checkpoint."""
+    process = await waiting(waits_with(name, schema, beside=beside))
+    assert process.state is ProcessState.WAITING
+    again = reloaded(process)
+    assert again.waits_for == process.waits_for
+    if not beside:
+        process.settle(Outcomes(0.0, mail=[Mail(1, name, {"good": True} if schema is Verdict else 5)]))
+        assert process.state is ProcessState.RUNNING
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(
+    ("name", "schema", "told"),
+    [
+        ("verdict", int, "message 'verdict' with schema=int, and declares it with the type Verdict"),
+        ("count", int | None, "message 'count' with schema=int | None, and declares it with the type int"),
+        ("any_kind", int, "message 'any_kind' with schema=int, and declares it with the type Any"),
+    ],
+)
+async def test_another_type_than_the_declared_one_is_an_error_of_the_step(
+    name: str, schema: Any, told: str, beside: bool
+) -> None:
+    """It names the class, the message and both types, and says what to do."""
+    process = await waiting(waits_with(name, schema, beside=beside))
+    failure = process.result().failure
+    assert failure is not None
+    assert failure.type == "prunus.errors.SpecError"
+    assert f"Waits waits for the {told}; say the same in both places, or leave schema= away" in failure.message
+
+
+async def test_saying_the_type_does_not_declare_a_message() -> None:
+    """Who sends it must know it before anybody waits: the error says how to declare it."""
+    process = await waiting(waits_with("approve", Verdict))
+    failure = process.result().failure
+    assert failure is not None
+    assert failure.type == "prunus.errors.InvalidInputError"
+    assert "declare it: spec.message('approve', valid_type=Verdict)" in failure.message
+
+
 @pytest.mark.parametrize("crashes", [False, True])
 async def test_a_message_is_converted_to_its_type(crashes: bool) -> None:
     """As a mapping, as it comes over the wire, or as what it is; also one that came before it was waited for."""
@@ -144,7 +202,7 @@ async def test_messages_are_taken_one_by_one_in_their_order() -> None:
 async def test_a_message_can_be_sent_where_the_process_runs() -> None:
     """`send` checks it at once; a process that does not run here can't get one."""
     process = Review()
-    with pytest.raises(InvalidStateError, match="running here, to get a message"):
+    with pytest.raises(InvalidStateError, match="running here to get a message"):
         process.send("comment", "x")
     with pytest.raises(InvalidInputError, match=r"messages\.komment: there is no such message; did you mean 'comment'"):
         process.send("komment", "x")
@@ -310,7 +368,7 @@ async def test_an_update_waits_for_the_end_of_the_step() -> None:
         assert not process.has_deferred
         if ends:
             assert reply.failure is not None
-            assert reply.failure.message == "the process is FINISHED; this needs it to be not ended"
+            assert reply.failure.message == "the process is FINISHED; it has to be alive"
         else:
             assert (reply.value, process.outputs) == (10, {"limit": 5})
 

@@ -71,6 +71,19 @@ def test_the_context_is_a_dictionary_with_attributes() -> None:
         _ = context.c
 
 
+def test_a_dictionary_with_attributes_may_have_a_subclass() -> None:
+    """Its methods are found, and its items too."""
+
+    class Totals(AttributeDict):
+        def total(self) -> float:
+            return float(sum(self.values()))
+
+    totals: Any = Totals(a=1, b=2)
+    assert (totals.total(), totals.a, totals.get("c"), totals.__class__) == (3.0, 1, None, Totals)
+    assert type(totals.copy()) is AttributeDict
+    assert not hasattr(totals, "c")
+
+
 @given(st.lists(st.tuples(st.integers(0, 2**48 - 1), st.integers(0, 2**80)), min_size=2, max_size=20))
 def test_pids_rise_whatever_the_clock_does(draws: list[tuple[int, int]]) -> None:
     """Also when it goes back or stands still: later is greater, as numbers and as texts, and each is a UUIDv7."""

@@ -293,6 +293,35 @@ def test_a_chain_without_an_outline_is_a_spec_error() -> None:
         Base()
 
 
+def test_a_spec_is_defined_once() -> None:
+    """That the class may be a base without an outline costs no look of its own."""
+    defined: list[str] = []
+
+    class Base(WorkChain):
+        @classmethod
+        def define(cls, spec: WorkChainSpec) -> None:
+            super().define(spec)
+            defined.append(cls.__name__)
+
+    class Whole(Base):
+        @classmethod
+        def define(cls, spec: WorkChainSpec) -> None:
+            super().define(spec)
+            spec.outline(cls.work)
+
+        async def work(self) -> None: ...
+
+    Whole()
+    assert defined == ["Base", "Whole"]
+
+
+@pytest.mark.parametrize("name", ["driver", "revision", "pid", "_register", "_memo"])
+def test_a_class_can_not_have_what_the_object_keeps(name: str) -> None:
+    """An attribute of the class of the same name would be lost."""
+    with pytest.raises(SpecError, match=f"Chain defines {name}, which Process needs"):
+        chain("work", work=say("x"), **{name: 5})
+
+
 def test_a_step_can_not_have_the_name_of_a_method_of_ours() -> None:
     """A step called `submit` would take the place of what it calls."""
     with pytest.raises(SpecError, match="Chain defines submit, which Process needs"):

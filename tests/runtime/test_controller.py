@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,113 @@ async def test_launching_a_pid_again_continues_what_is_there(daemon: LocalDaemon
     again = await daemon.controller.launch(workflows.Add, {"a": 5}, pid="mine")
     assert (await again.result()).outputs.sum == 2
     assert len(await daemon.controller.find()) == 1
+
+
+async def test_a_process_is_launched_as_its_options_say(daemon: LocalDaemon) -> None:
+    """The store has them; a worker that does not take the queue leaves it alone."""
+    handle = await daemon.controller.launch(
+        workflows.Add, {"a": 1}, queue="nobody", priority=7, key="mine", tags=["demo"], on_exception="pause"
+    )
+    row = await handle.record()
+    assert (row.queue, row.priority, row.resources, row.key, row.tags) == ("nobody", 7, {}, "mine", ("demo",))
+    assert (row.state, row.depth) == ("created", 0)
+
+
+async def test_launching_a_key_again_leads_to_the_process_that_has_it(daemon: LocalDaemon) -> None:
+    """Also after its end, with other inputs and another pid; until it is deleted."""
+    first = await daemon.controller.launch(workflows.Add, {"a": 1}, key="Cu")
+    assert (await first.result()).outputs.sum == 2
+    again = await daemon.controller.launch(workflows.Add, {"a": 5}, key="Cu", pid="other")
+    assert again.pid == first.pid
+    other = await daemon.controller.launch(workflows.Add, {"a": 5}, key="Al")
+    assert (await other.result()).outputs.sum == 6
+    await first.delete()
+    anew = await daemon.controller.launch(workflows.Add, {"a": 5}, key="Cu")
+    assert anew.pid != first.pid
+    assert (await anew.result()).outputs.sum == 6
+
+
+@pytest.mark.parametrize("options", [{"priority": 10}, {"queue": ""}, {"resources": {"x": 0}}, {"key": ""}])
+async def test_options_that_can_not_be_meant_are_refused_before_anything_is_sent(
+    daemon: LocalDaemon, options: dict[str, Any]
+) -> None:
+    """With what would be right."""
+    with pytest.raises(ValueError, match="not"):
+        await daemon.controller.launch(workflows.Add, {"a": 1}, **options)
+    assert await daemon.controller.find() == []
+
+
+async def test_tokens_that_nobody_has_are_refused(daemon: LocalDaemon) -> None:
+    """The broker counts them, and knows which there are."""
+    with pytest.raises(errors.UnknownResourceError, match="licence"):
+        await daemon.controller.launch(workflows.Add, {"a": 1}, resources={"licence": 1})
+
+
+async def test_many_are_launched_at_once(daemon: LocalDaemon) -> None:
+    """In the order of the jobs, with options for all and for each; said again, nothing is new."""
+    jobs: list[Any] = [(workflows.Add, {"a": n}, {"key": f"job-{n}"}) for n in range(450)]
+    handles = await daemon.controller.launch_many(jobs, tags=["many"], priority=2)
+    results = await asyncio.gather(*(handle.result() for handle in handles))
+    assert [result.outputs.sum for result in results] == list(range(1, 451))
+    again = await daemon.controller.launch_many(jobs)
+    assert [handle.pid for handle in again] == [handle.pid for handle in handles]
+    row = await handles[7].record()
+    assert (row.tags, row.priority, row.key) == (("many",), 2, "job-7")
+    by_name = await daemon.controller.launch_many([("tests.runtime.workflows:Add", {"a": 1})])
+    assert (await by_name[0].result()).outputs.sum == 2
+    assert await daemon.controller.launch_many([]) == []
+
+
+async def test_of_many_none_is_launched_if_one_is_wrong(daemon: LocalDaemon) -> None:
+    """All are checked before anything is sent, and the error says which one it is."""
+    jobs: list[Any] = [(workflows.Add, {"a": n if n != 300 else "x"}) for n in range(400)]
+    with pytest.raises(errors.InvalidInputError) as caught:
+        await daemon.controller.launch_many(jobs)
+    assert caught.value.__notes__ == ["(job number 300)"]
+    with pytest.raises(ValueError, match="one by one"):
+        await daemon.controller.launch_many([(workflows.Add, {"a": 1}, {"parent": "p"})])
+    assert await daemon.controller.find() == []
+
+
+async def test_a_child_can_be_launched_from_outside(daemon: LocalDaemon) -> None:
+    """It is killed with its parent, or is not, as was said."""
+    parent = await daemon.controller.launch(workflows.Ask)
+    await until(parent, lambda row: row.state == "waiting" and row.owner is None)
+    kept = await daemon.controller.launch(workflows.Ask, parent=parent.pid, parent_close="abandon")
+    lost = await daemon.controller.launch(workflows.Ask, parent=parent.pid)
+    assert [child.pid for child in await parent.children()] == [kept.pid, lost.pid]
+    assert (await lost.record()).depth == 1
+    await parent.kill()
+    with pytest.raises(errors.ProcessKilledError):
+        await lost.result()
+    await kept.resume(1)
+    await kept.result()
+    with pytest.raises(errors.InvalidStateError, match="to get a child"):
+        await daemon.controller.launch(workflows.Ask, parent=parent.pid)
+    with pytest.raises(ValueError, match="only the parent itself"):
+        await daemon.controller.launch(workflows.Ask, parent="p", parent_close="wait")
+
+
+async def test_an_ended_process_can_be_forgotten(daemon: LocalDaemon) -> None:
+    """With all that belongs to it; a living one can't."""
+    handle = await daemon.controller.launch(workflows.Ask)
+    with pytest.raises(errors.InvalidStateError, match="finished, excepted or killed"):
+        await handle.delete()
+    await handle.kill()
+    await handle.delete()
+    with pytest.raises(errors.CheckpointNotFoundError):
+        await handle.record()
+
+
+async def test_a_fork_runs_as_the_process_did(daemon: LocalDaemon, tmp_path: Path) -> None:
+    """With its priority and its queue, but a key is one process's."""
+    inputs = {"file": str(tmp_path / "journal"), "steps": 3}
+    handle = await daemon.controller.launch(workflows.Journal, inputs, priority=4, key="mine")
+    await handle.result()
+    forked = await handle.fork((await handle.steps())[-1].step)
+    row = await forked.record()
+    assert (row.priority, row.key) == (4, None)
+    await forked.result()
 
 
 async def test_a_failed_step_is_an_excepted_process(daemon: LocalDaemon) -> None:
@@ -119,7 +227,7 @@ async def test_a_message_for_a_process_that_waits_for_none_is_an_error(daemon: L
     """The state and what is needed are named."""
     handle = await daemon.controller.launch(workflows.Add, {"a": 1})
     await handle.result()
-    with pytest.raises(errors.InvalidStateError, match="not ended"):
+    with pytest.raises(errors.InvalidStateError, match="alive"):
         await handle.resume(1)
 
 

@@ -247,3 +247,13 @@ def test_any_value_is_yaml_that_people_can_read() -> None:
     """Short lists on one line, texts of several lines as they are, and what YAML lacks as its text."""
     value = {"a": (1, 2), "b": [{"c": None}], "text": "one\ntwo", "set": complex(1, 2)}
     assert display.as_yaml(value) == "a: [1, 2]\nb:\n- c: null\ntext: |-\n  one\n  two\nset: (1+2j)"
+
+
+def test_nothing_that_a_process_says_is_a_command_to_the_terminal() -> None:
+    """Escape sequences in a log, a status, a detail or a class name are shown as letters."""
+    nasty = "red\x1b[2Jline"
+    shown = display.log_line(LogLine(at=NOW, text=nasty, source=nasty))
+    shown += display.one_line(nasty) + display.class_name(f"m:{nasty}")
+    assert "\x1b" not in shown
+    assert shown.count(r"red\x1b[2Jline") == 4
+    assert display.log_line(LogLine(at=NOW, text="a\n\tb")).endswith("a\n\tb")

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from prunus.errors import ProfileError
-from prunus.runtime.profile import MAX_SOCKET_PATH_BYTES, Config, Profile, private_folder, user_profiles
+from prunus.files import private_folder
+from prunus.runtime.profile import MAX_SOCKET_PATH_BYTES, Config, Profile, user_profiles
 
 
 @pytest.fixture(autouse=True)

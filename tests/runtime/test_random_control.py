@@ -239,7 +239,7 @@ class World:
                             with contextlib.suppress(errors.InvalidStateError):
                                 await self._wake(controller.handle(row.pid), row)
                     await asyncio.wait([asyncio.ensure_future(anext(events))], timeout=0.05)
-                while tasks := (await controller.broker_statistics())["pending"]:
+                while tasks := waiting_tasks(await controller.broker_statistics()):
                     await asyncio.sleep(0.01)  # a task that was rejected is looked at a little later
         except TimeoutError:
             return [f"does not end: {describe(row)}" for row in rows] or [f"tasks are left: {tasks}"]
@@ -270,6 +270,13 @@ class World:
     async def close(self) -> None:
         for controller in self.controllers:
             await controller.close()
+
+
+def waiting_tasks(statistics: dict[str, Any]) -> dict[str, int]:
+    """How many tasks of each queue nobody holds yet."""
+    places = ("ready", "delayed", "blocked")
+    counts = {name: sum(queue[place] for place in places) for name, queue in statistics["queues"].items()}
+    return {name: count for name, count in counts.items() if count}
 
 
 def fits(name: str, answer: BaseException) -> bool:

@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,8 @@ from hypothesis import strategies as st
 import prunus
 from prunus.errors import DaemonError
 from prunus.runtime import daemon
-from prunus.runtime.locks import read_holder, start_time
 from prunus.runtime.profile import Config, Profile
-from prunus.runtime.supervisor import (
+from prunus.runtime.roster import (
     BROKER,
     FLAPPING,
     HEALTHY_S,
@@ -28,13 +25,11 @@ from prunus.runtime.supervisor import (
     MIN_PAUSE_S,
     Decision,
     Roster,
-    Supervisor,
-    Wish,
-    read_wish,
     service_names,
-    wanted_services,
-    write_wish,
 )
+from prunus.runtime.supervisor import Supervisor
+from prunus.runtime.wish import Wish, read_wish, wanted_services, write_wish
+from tests.runtime.stage import Stage, is_alive, until
 
 W1, W2 = "worker-1", "worker-2"
 
@@ -187,122 +182,10 @@ def test_the_wish_outlives_the_supervisor(profile: Profile) -> None:
 
 # --- acting -----------------------------------------------------------------------------------------
 
-STAND_IN = """
-import os, signal, sys, time
-from pathlib import Path
-from prunus.runtime.locks import ServiceLock
-from prunus.runtime.profile import Profile
-
-path, name, story, mode = sys.argv[1:]
-
-def say(what):
-    with open(story, "a") as file:
-        file.write(f"{name} {what}\\n")
-
-def end(*_):
-    say("asked")
-    if mode != "deaf":
-        say("ended")
-        sys.exit(0)
-
-signal.signal(signal.SIGTERM, end)
-if mode == "broken":
-    sys.exit("this one is broken")
-if mode == "leaves-a-child":
-    import subprocess
-    say(f"child {subprocess.Popen(['sleep', '60']).pid}")
-print("a line in the log", flush=True)
-with ServiceLock(Profile.load(Path(path)).lock(name)):
-    say(f"runs {os.getpid()}")
-    while True:
-        time.sleep(60)
-"""
-
-DAEMON = """
-import sys
-from prunus.runtime import supervisor
-script, path, story, *modes = sys.argv[1:]
-modes = dict(mode.split("=") for mode in modes)
-if "deaf" in modes.values():
-    supervisor.KILL_MARGIN_S = 1.0
-def command_for(name):
-    return [sys.executable, script, path, name, story, modes.get(name, "good")]
-sys.exit(supervisor.main(["--profile", path], command_for))
-"""
-
 
 @pytest.fixture
 def profile(tmp_path: Path) -> Profile:
     return Profile.create(tmp_path / "profile", Config(grace_s=0.2))
-
-
-class Stage:
-    """A profile with services that write what happens to them into one file."""
-
-    def __init__(self, profile: Profile, folder: Path, **modes: str) -> None:
-        self.profile, self.story = profile, folder / "story"
-        self.modes = {name.replace("_", "-"): mode for name, mode in modes.items()}
-        self.script, self.daemon = folder / "stand_in.py", folder / "daemon.py"
-        self.script.write_text(STAND_IN)
-        self.daemon.write_text(DAEMON)
-        self.story.touch()
-
-    def command_for(self, name: str) -> list[str]:
-        mode = self.modes.get(name, "good")
-        return [sys.executable, str(self.script), str(self.profile.path), name, str(self.story), mode]
-
-    @property
-    def daemon_command(self) -> list[str]:
-        modes = [f"{name}={mode}" for name, mode in self.modes.items()]
-        return [sys.executable, str(self.daemon), str(self.script), str(self.profile.path), str(self.story), *modes]
-
-    @property
-    def lines(self) -> list[str]:
-        return self.story.read_text().splitlines()
-
-    def runs(self, name: str) -> int | None:
-        holder = read_holder(self.profile.lock(name))
-        return holder.pid if holder else None
-
-    async def running(self, *names: str) -> dict[str, int]:
-        """The pids of these services, as soon as all of them run."""
-        await until(lambda: all(self.runs(name) for name in names))
-        return {name: self.runs(name) or 0 for name in names}
-
-    @asynccontextmanager
-    async def supervised(self, *names: str) -> AsyncIterator[Supervisor]:
-        """A supervisor in this process; at the end it stops all."""
-        supervisor = Supervisor(self.profile, self.command_for)
-        supervisor.want(names)
-        task = asyncio.create_task(supervisor.run())
-        try:
-            yield supervisor
-        finally:
-            supervisor.want(())
-            await task
-
-    @contextmanager
-    def daemon_process(self) -> Iterator[subprocess.Popen[bytes]]:
-        """A supervisor in a process of its own; at the end it, and all that it left behind, is gone."""
-        with self.profile.log("daemon").open("ab") as log:
-            process = subprocess.Popen(self.daemon_command, stderr=log)
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.wait()
-            for file in self.profile.run_folder.glob("*.lock"):
-                if pid := self.runs(file.stem):
-                    os.kill(pid, signal.SIGKILL)
-
-
-async def until(holds: Callable[[], Any]) -> None:
-    while not holds():
-        await asyncio.sleep(0.01)
-
-
-def is_alive(pid: int) -> bool:
-    return start_time(pid) is not None
 
 
 @pytest.fixture
@@ -314,7 +197,7 @@ def stage(profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """For services that do not end when they are asked to. (The others get all the time that a busy machine takes.)"""
-    monkeypatch.setattr("prunus.runtime.supervisor.KILL_MARGIN_S", 1.0)
+    monkeypatch.setattr("prunus.runtime.roster.KILL_MARGIN_S", 1.0)
 
 
 async def test_a_killed_service_comes_back(stage: Stage) -> None:
@@ -328,8 +211,11 @@ async def test_a_killed_service_comes_back(stage: Stage) -> None:
     assert not any(stage.runs(name) for name in (BROKER, W1))
 
 
-async def test_a_broken_service_is_tried_with_pauses(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_broken_service_is_tried_with_pauses(
+    stage: Stage, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It does not spin; the log names the consequence and where to look; mended, it runs."""
+    monkeypatch.setattr("prunus.runtime.roster.HEALTHY_S", 3600.0)  # a busy machine takes its time to end it, too
     stage.modes = {W1: "broken"}
     caplog.set_level("INFO")
     async with stage.supervised(BROKER, W1):
@@ -340,6 +226,32 @@ async def test_a_broken_service_is_tried_with_pauses(stage: Stage, caplog: pytes
             if "starting it again" in record.getMessage()] == [0.05, 0.10, 0.20, 0.40]  # fmt: skip
     assert f"see {stage.profile.log(W1)}" in caplog.text
     assert "this one is broken" in stage.profile.log(W1).read_text()
+
+
+async def test_notes_that_cannot_be_written_stop_nothing_else(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever is in their way, a service that was killed comes back."""
+    (stage.profile.run_folder / f"services.json.{os.getpid()}").mkdir()
+    async with stage.supervised(W1):
+        before = await stage.running(W1)
+        os.kill(before[W1], signal.SIGKILL)
+        await until(lambda: stage.runs(W1) not in (None, before[W1]))
+    assert "services.json can't be written" in caplog.text
+
+
+async def test_a_deleted_profile_ends_the_daemon(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    """When a service has ended for it, the others are asked to, and nothing is started again, also if it comes back."""
+    supervisor = Supervisor(stage.profile, stage.command_for, stage.who_serves)
+    supervisor.want([BROKER, W1])
+    task = asyncio.create_task(supervisor.run())
+    running = await stage.running(BROKER, W1)
+    away = stage.profile.path.with_name("away")
+    stage.profile.path.rename(away)
+    os.kill(running[W1], signal.SIGKILL)
+    await task
+    assert not is_alive(running[BROKER])
+    assert "the profile was deleted" in caplog.text
+    away.rename(stage.profile.path)
+    assert (stage.runs(BROKER), stage.runs(W1)) == (None, None)
 
 
 async def test_a_program_that_does_not_exist_is_tried_again(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
@@ -471,7 +383,7 @@ async def test_a_second_daemon_is_refused(stage: Stage) -> None:
 
 
 async def all_are_there(profile: Profile) -> dict[str, Any]:
-    return {"sessions": 1 + sum(name != BROKER for name in daemon.status(profile).services)}
+    return {"sessions": {name: {} for name in ("ours", *daemon.status(profile).services) if name != BROKER}}
 
 
 async def test_a_daemon_from_start_to_stop(stage: Stage) -> None:
@@ -535,7 +447,7 @@ async def test_signals_during_the_stop_change_nothing(stage: Stage) -> None:
 
 async def test_a_long_log_is_put_aside(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The log of a service has a bound: at a start the old one is moved to `.1`."""
-    monkeypatch.setattr("prunus.runtime.supervisor.MAX_LOG_BYTES", 10)
+    monkeypatch.setattr("prunus.runtime.logs.MAX_LOG_BYTES", 10)
     log = stage.profile.log(W1)
     log.write_text("old " * 10)
     async with stage.supervised(W1):

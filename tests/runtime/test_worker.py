@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from pathlib import Path
 
 import pytest
 
 from prunus import errors
+from prunus.runtime.profile import Config, Profile
+from prunus.runtime.worker import Settings
 from prunus.testing.local_daemon import LocalDaemon
+from tests.guarantees.real_daemon import RealDaemon
 from tests.runtime import workflows
 from tests.runtime.waiting import file_has, until
 
@@ -117,3 +121,24 @@ async def test_many_processes_on_two_workers_all_finish() -> None:
         handles = await asyncio.gather(*(daemon.controller.launch(workflows.Fan, {"count": 2}) for _ in range(100)))
         results = await asyncio.gather(*(handle.result() for handle in handles))
     assert {result.outputs.total for result in results} == {3}
+
+
+async def test_a_crash_of_the_interpreter_leaves_its_stack_in_the_log(tmp_path: Path) -> None:
+    """What a C library does to a worker can be seen afterwards."""
+    begun = tmp_path / "begun"
+    async with RealDaemon(tmp_path, workers=1) as daemon:
+        await daemon.controller.launch(workflows.Endless, {"begun": str(begun)})
+        await file_has(begun, 1)
+        worker = daemon.services.pop("worker-1")
+        worker.send_signal(signal.SIGSEGV)
+        assert await asyncio.to_thread(worker.wait, 20) == -signal.SIGSEGV
+        log = daemon.profile.log("worker-1").read_text()
+    assert "Fatal Python error: Segmentation fault" in log
+    assert "in run_forever" in log
+
+
+def test_a_profile_does_not_make_workers_of_the_control_lane(tmp_path: Path) -> None:
+    """They serve it in any case, with slots of its own."""
+    profile = Profile.create(tmp_path / "p", Config(queues=["default", "control"]))
+    with pytest.raises(errors.ProfileError, match=r"config\.yaml: queues: 'control' is no queue"):
+        Settings.of(profile)

@@ -370,6 +370,18 @@ class Journal(WorkChain):
         self.out("written", self.ctx.written)
 
 
+class OpenJournal(Journal):
+    """Goes on until the file `enough` is there: it is at work whenever a test looks, however long that took."""
+
+    @classmethod
+    def define(cls, spec: ProcessSpec) -> None:
+        super().define(spec)
+        spec.input("enough", valid_type=str)
+
+    def more(self) -> bool:
+        return not Path(self.inputs.enough).exists()
+
+
 def append(file: str, line: str) -> None:
     """One atomic line."""
     descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

@@ -17,24 +17,29 @@ import pydantic
 
 import prunus
 from prunus import (
+    BlockingHandle,
+    BulkReport,
     Child,
     Continue,
     DidNotHappen,
     ExitCode,
     Happened,
     Kill,
+    LaunchOptions,
     Line,
     MapResults,
     Process,
     ProcessHandle,
     ProcessListener,
     ProcessResult,
+    ProcessSelection,
     ProcessSpec,
     RetryPolicy,
     Stop,
     ToContext,
     Transition,
     Wait,
+    WatchEvent,
     WorkChain,
     WorkChainSpec,
     append_,
@@ -91,6 +96,9 @@ class EnergyAtScale(Process[Crystal, Energy]):
     version = 2
     run_sync_steps_in = "loop"
     on_exception = "pause"
+    queue = "gpu"
+    priority = 5
+    resources = {"licence": 1}  # noqa: RUF012 (as users write it)
 
     @step(retry=RetryPolicy(max_attempts=3, retry_on=OSError), timeout=60.0)
     async def run(self) -> Continue:
@@ -205,7 +213,7 @@ class Patient(Process[Scan, Curve]):
             return None
         self.set_status("enough")
         return Wait.any(
-            approved=message("approve"),
+            approved=message("approve", schema=bool),
             late=sleep(0.001),
             both=Wait.all(sleep(0.001), sleep(0.002)),
             then=self.decide,
@@ -434,6 +442,22 @@ async def use_a_daemon() -> None:
             async for event in events:
                 print(event.subject)
         await controller.pause_all("lunch")
+        options: LaunchOptions = {"queue": "gpu", "priority": 5, "resources": {"licence": 1}, "key": "Cu-1"}
+        await controller.launch(EnergyAtScale, Crystal("Cu"), **options)
+        many = await controller.launch_many(
+            [(EnergyAtScale, Crystal("Cu", scale)) for scale in (0.9, 1.1)], tags=["scan"], paused=True
+        )
+        assert_type(many, list[ProcessHandle[Energy]])
+        await controller.launch_many([("accepted:EnergyAtScale", {"element": "Cu"}, {"key": "Cu-2"})])
+        async for watched in handle.watch(tree=True):
+            assert_type(watched, WatchEvent)
+        assert_type(await handle.children(), list[ProcessHandle])
+        assert_type(await handle.parent(), ProcessHandle | None)
+        waiting = controller.processes(state=["waiting"], cls=EnergyAtScale, older_than=timedelta(hours=1), paused=True)
+        assert_type(waiting, ProcessSelection)
+        assert_type(await waiting.play(), BulkReport)
+        print([one.pid async for one in waiting], (await waiting.kill("enough")).skipped, await waiting.count())
+        await handle.delete()
 
 
 def use_a_daemon_from_a_script() -> None:
@@ -444,3 +468,14 @@ def use_a_daemon_from_a_script() -> None:
         handle.send("approve", True)
         print([line.text for line in handle.log(last=3)], [event.at for event in handle.history()])
         print([row.pid for row in controller.find() if row.is_terminal], controller.handle("one").record().state)
+        assert_type(handle, BlockingHandle[Curve])
+        assert_type(handle.until(lambda row: row.is_terminal, 60).state, str)
+        assert_type(handle.history(after=3)[0].subject, str)
+        several = controller.launch_many([(EquationOfState, Scan("Cu", [1.0]))] * 3, queue="gpu")
+        assert_type(several[0].result().outputs, Curve)
+        for event in handle.watch():
+            assert_type(event, WatchEvent)
+        report = controller.processes(tag="demo").pause("lunch", quiesced=False)
+        assert_type(report, BulkReport)
+        assert_type(controller.processes(tag="demo").count(), int)
+        assert_type([each.pid for each in controller.processes(root=handle.pid)], list[str])

@@ -111,6 +111,9 @@ async def executes() -> None:
 
 class HasSteps(Process[Crystal, Energy]):
     version = "2"  # wrong: a number
+    queue = 3  # wrong: a name
+    priority = "high"  # wrong: a number
+    resources = ("licence",)  # wrong: tokens by name
     run_sync_steps_in = "process"  # wrong: thread or loop
 
     @step(timeout="60")  # wrong: seconds
@@ -161,6 +164,10 @@ def makes_policies() -> None:
     return_("now")  # wrong: a number
 
 
+@process(queue=3)  # wrong: a name
+def nowhere(self: Process) -> None: ...
+
+
 @process  # wrong: the first parameter is the process
 def takes_nothing() -> None: ...
 
@@ -197,6 +204,8 @@ class Waits(Process[Crystal, Energy]):
         self.submit(EnergyAtScale(Crystal("Cu")))  # wrong: a class and its inputs
         self.submit(Crystal, {"element": "Cu"})  # wrong: this is no process
         self.submit(EnergyAtScale, Crystal("Cu"), parent_close="stop")  # wrong: kill, abandon or wait
+        self.submit(EnergyAtScale, Crystal("Cu"), priority="high")  # wrong: a number
+        self.submit(EnergyAtScale, Crystal("Cu"), key="one")  # wrong: a child has no key
         print(self.submit(EnergyAtScale, Crystal("Cu")).outputs)  # wrong: it has not even begun
         await self.submit(EnergyAtScale, Crystal("Cu"))  # wrong: a child is waited for with Wait
 
@@ -212,6 +221,7 @@ class Waits(Process[Crystal, Energy]):
         self.map(EnergyAtScale, 5)  # wrong: a range, a list or a method
         self.map(EnergyAtScale, self.name_of, count=3)  # wrong: it gives no inputs
         self.map(EnergyAtScale, range(3), on_error="skip")  # wrong: collect or fail
+        self.map(EnergyAtScale, range(3), queue=3)  # wrong: a name
         self.map(Crystal, range(3))  # wrong: this is no process
 
     def name_of(self, number: int) -> str:
@@ -290,6 +300,16 @@ async def uses_a_daemon() -> None:
         await handle.send(3)  # wrong: a name
         await handle.update()  # wrong: which one?
         print(handle.result().outputs)  # wrong: it is not awaited
+        await controller.launch(EnergyAtScale, Crystal("Cu"), priority="high")  # wrong: a number
+        await controller.launch("energies:EnergyAtScale", resources=["licence"])  # wrong: tokens by name
+        await controller.launch_many([(EnergyAtScale, Crystal("Cu"))], pid="one")  # wrong: a pid is one process's
+        await controller.launch_many([EnergyAtScale])  # wrong: with its inputs
+        controller.processes(status="waiting")  # wrong: it is called state
+        controller.processes(older_than="1 hour")  # wrong: seconds or a timedelta
+        controller.processes(tag="demo").launch()  # wrong: there is no such operation
+        print(controller.processes(tag="demo").count() + 1)  # wrong: it is not awaited
+        async for event in handle.watch(after="yesterday"):  # wrong: the number of an event
+            print(event.state)  # wrong: it is called subject
     with prunus.connect():  # wrong: async with
         pass
 
@@ -301,3 +321,8 @@ def uses_a_daemon_from_a_script() -> None:
         handle = controller.launch(EnergyAtScale, Crystal("Cu"))
         print(handle.result().outputs.volume)  # wrong: there is no such output
         handle.edit_context({"scale": 2.0})  # wrong: names and values
+        handle.kill(grace=3)  # wrong: it is called grace_s
+        handle.pause(quiesced="yes")  # wrong: true or false
+        print(handle.record().stat)  # wrong: it is called state
+        controller.processes(tags=["demo"])  # wrong: it is called tag
+        controller.processes(tag="demo").pause(3)  # wrong: a reason

@@ -207,6 +207,27 @@ def type_loader(allowed: Sequence[str] = ("*",)) -> LoadType:
     return load
 
 
+def amend_checkpoint(data: bytes, amend: Callable[[dict[str, Any]], None]) -> bytes:
+    """The checkpoint with another snapshot: `amend` changes the mapping that it gets. Needs none of the user's classes:
+    what has a form of its own (`Tag`) stays the opaque extension that it is, and what is put in must be JSON-like.
+
+    Raises as `decode_checkpoint` does.
+    """
+    checkpoint = decode_checkpoint(data)
+    try:
+        snapshot = msgspec.msgpack.decode(checkpoint.payload)
+    except _NOT_MSGPACK as error:
+        raise CheckpointCorruptError("its payload can't be read") from error
+    if type(snapshot) is not dict:
+        raise CheckpointCorruptError("its payload is no mapping")
+    amend(snapshot)
+    format, class_id, version = checkpoint.format, checkpoint.class_id, checkpoint.class_version
+    payload = msgspec.msgpack.encode(snapshot)
+    return _ENCODER.encode(
+        _Envelope(_MAGIC, format, class_id, version, _checksum(format, class_id, version, payload), payload)
+    )
+
+
 def checkpoint_as_yaml(data: bytes) -> str:
     """A checkpoint for people. Needs none of the user's classes, and can't be loaded back."""
     import yaml

@@ -7,31 +7,51 @@ Rules:
   does not understand.
 * We write ``BEGIN`` and ``COMMIT`` ourselves (autocommit mode of `sqlite3`): only the owner of the connection knows
   what belongs together.
-* The WAL is copied back by `checkpoint_wal`, when its owner says so, and somebody looks at the result.
+* The WAL is copied back by `checkpoint_wal`, when its owner says so, and somebody looks at the result. Its file stays
+  as long as it is and is written from its beginning again: writing over blocks that a file has already is synced in
+  about half the time of appending to it (`lay_out_log`).
 * Nothing is ever repaired silently. What is not ours, is newer or is damaged is refused with a sentence.
+* **A log belongs to one file.** SQLite applies whatever log lies beside a database; with the log of another file (of
+  the one that lay there before a backup was copied over it) the two would become a mixture. So each log begins with a
+  mark that names the mark which the file had then, and opening compares the two.
+* Pages that are free go back to the file system in portions (``auto_vacuum=INCREMENTAL``, `give_back_pages`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sqlite3
+import struct
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote
 
 from prunus.errors import PersistenceError, StoreFullError
 
 APPLICATION_ID = int.from_bytes(b"Prun")
 """In the header of every database of ours."""
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """The tables' version that is written (``user_version``). A newer one is refused; an older one is left as it is, for
 the owner of the tables to upgrade."""
 WAL_LIMIT_BYTES = 16 * 1024 * 1024
-"""Over this size the owner should call `checkpoint_wal`."""
+"""With more in the log the owner should call `checkpoint_wal`; its file is not kept longer than this."""
 LOCK_TIMEOUT_S = 2.0
 """How long opening waits for another program to let the file go."""
 CHECKED_AT_OPENING_BYTES = 8 * 1024 * 1024
-"""A file up to this size is checked as a whole when it is opened; a larger one by `find_damage`, when asked."""
+"""A file up to this size is checked as a whole whenever it is opened, ..."""
+CHECKED_AFTER_CRASH_BYTES = 512 * 1024 * 1024
+"""... and one up to this size if whoever had it open before did not close it (up to 3 s, with hundreds of thousands of
+processes in it). A larger one is checked by `find_damage`, when asked."""
+STEP_PAGES = 128
+"""How much a backup copies at once; meanwhile the database stands still."""
+MAX_COPY_RESTARTS = 100
+"""A transaction that is undone makes a backup begin anew; after so many times it gives up."""
 
 NETWORK_FILE_SYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "lustre", "gpfs", "beegfs", "pvfs2", "ocfs2"}
@@ -40,6 +60,13 @@ NETWORK_FILE_SYSTEMS = frozenset(
 """Where locks or fsync can't be relied on."""
 
 MEMORY = ":memory:"
+
+_MARK = b"Prunus log mark\0"
+_MARK_ID_BYTES = 16
+_MARK_FRAMES = 8
+"""The transaction that writes a mark is shorter than this."""
+_LOG_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
+"""https://www.sqlite.org/fileformat2.html#the_write_ahead_log"""
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +78,12 @@ def open_database(path: str | os.PathLike[str], *, exclusive: bool = True) -> sq
     what to do if the file can't be used.
     """
     in_memory = os.fspath(path) == MEMORY
+    unclean = False
     if not in_memory:
         refuse_network_file_system(Path(path))
+        unclean = wal_bytes(path) > 0
+        if unclean:
+            _refuse_foreign_log(Path(path))
         _create_file(Path(path))
     try:
         connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
@@ -61,8 +92,14 @@ def open_database(path: str | os.PathLike[str], *, exclusive: bool = True) -> sq
     try:
         _recognise(connection, path)
         _configure(connection, exclusive=exclusive and not in_memory, journal_mode="memory" if in_memory else "wal")
-        if not in_memory and os.path.getsize(path) <= CHECKED_AT_OPENING_BYTES and find_damage(connection):
-            raise sqlite3.DatabaseError("its pages contradict each other")
+        checked = CHECKED_AFTER_CRASH_BYTES if unclean else CHECKED_AT_OPENING_BYTES
+        if not in_memory and os.path.getsize(path) <= checked and (damage := find_damage(connection, 1)):
+            raise sqlite3.DatabaseError(damage[0])
+        if exclusive and not in_memory:
+            if unclean:  # (there may be no space for both)
+                checkpoint_wal(connection, shrink=True)
+            else:
+                _mark_log(connection)
     except sqlite3.Error as error:
         connection.close()
         raise _explained(error, path) from error
@@ -95,17 +132,55 @@ def database_path(connection: sqlite3.Connection) -> str:
 
 
 def wal_bytes(path: str | os.PathLike[str]) -> int:
-    """How long the write-ahead log of the database at `path` is."""
+    """How much is in the write-ahead log of the database at `path` since it was begun. Its file may be longer."""
+    try:
+        with Path(f"{os.fspath(path)}-wal").open("rb", buffering=0) as file:
+            header = file.read(_LOG_HEADER_BYTES)
+            if len(header) < _LOG_HEADER_BYTES or header == bytes(_LOG_HEADER_BYTES):
+                return 0
+            frame_bytes = _FRAME_HEADER_BYTES + int.from_bytes(header[8:12])
+            # The frames of the log that is there now have the salts of its header; behind them are those of older ones.
+            low, high = 0, (os.fstat(file.fileno()).st_size - _LOG_HEADER_BYTES) // frame_bytes
+            while low < high:
+                middle = (low + high) // 2
+                found = os.pread(file.fileno(), 16, _LOG_HEADER_BYTES + middle * frame_bytes)
+                low, high = (middle + 1, high) if found[8:] == header[16:24] else (low, middle)
+            return _LOG_HEADER_BYTES + low * frame_bytes
+    except FileNotFoundError:
+        return 0
+
+
+def log_file_bytes(path: str | os.PathLike[str]) -> int:
+    """What the write-ahead log of the database at `path` takes on the disk."""
     try:
         return os.stat(f"{os.fspath(path)}-wal").st_size
     except FileNotFoundError:
         return 0
 
 
-def checkpoint_wal(connection: sqlite3.Connection) -> bool:
-    """Copy the write-ahead log into the database and empty it. False (and a warning) if it could not be done."""
+def lay_out_log(connection: sqlite3.Connection) -> None:
+    """Give the write-ahead log its blocks (`WAL_LIMIT_BYTES`), so that from the first commit on none has to be added.
+
+    Not being able to is no harm. To be called when the log has just been begun; the space is given back by
+    ``checkpoint_wal(connection, shrink=True)`` and by closing.
+    """
+    log = Path(f"{database_path(connection)}-wal")
+    with contextlib.suppress(OSError), log.open("r+b", buffering=0) as file:
+        before = size = file.seek(0, os.SEEK_END)
+        try:
+            while size < WAL_LIMIT_BYTES:  # (written, and not only reserved: that would cost the same later)
+                size += file.write(bytes(min(1024 * 1024, WAL_LIMIT_BYTES - size)))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+
+
+def checkpoint_wal(connection: sqlite3.Connection, *, shrink: bool = False) -> bool:
+    """Copy the write-ahead log into the database and begin it anew; with `shrink` its space is given back. False (and a
+    warning) if it could not be done."""
+    mode = "TRUNCATE" if shrink else "RESTART"
     try:
-        busy, frames, copied = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        [(busy, frames, copied)] = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
     except sqlite3.OperationalError as error:
         if full_disk(error, connection) is None:
             raise
@@ -116,27 +191,350 @@ def checkpoint_wal(connection: sqlite3.Connection) -> bool:
             copied,
             frames,
         )
+    else:
+        _mark_log(connection)
     return not busy
 
 
-def find_damage(connection: sqlite3.Connection) -> list[str]:
-    """What SQLite finds wrong with the file; empty if all is well. Reads the whole file.
+def find_damage(connection: sqlite3.Connection, limit: int = 10) -> list[str]:
+    """What SQLite finds wrong with the file, up to `limit` lines; empty if all is well. Reads the whole file.
 
     Not ``quick_check``: that of SQLite 3.40 takes sound rows of tables without a rowid for damaged ones.
     """
-    found = [str(line) for [line] in connection.execute("PRAGMA integrity_check(10)")]
+    try:
+        found = [" ".join(str(line).split()) for [line] in connection.execute(f"PRAGMA integrity_check({limit})")]
+    except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise
+        return [str(error)]
     return [] if found == ["ok"] else found
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether SQLite says that the file is not what it wrote. (Not that the disk below it can't be read or written.)"""
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def explain(error: sqlite3.Error, path: str | os.PathLike[str]) -> PersistenceError:
+    """An error of SQLite about the file at `path`, with what to do."""
+    return _explained(error, path)
+
+
+# --- space ------------------------------------------------------------------------------------------
+
+
+def free_pages(connection: sqlite3.Connection) -> int:
+    """How many pages of the file are not used."""
+    [count] = connection.execute("PRAGMA freelist_count").fetchone()
+    return int(count)
+
+
+def gives_back_pages(connection: sqlite3.Connection) -> bool:
+    """Whether `give_back_pages` does anything: not for files that were made before it was there, until `vacuum`."""
+    return bool(connection.execute("PRAGMA auto_vacuum").fetchone() == (2,))
+
+
+def give_back_pages(connection: sqlite3.Connection, count: int) -> None:
+    """Give up to `count` free pages back to the file system, in the caller's transaction or in one of its own."""
+    alone = not connection.in_transaction
+    if alone:
+        connection.execute("BEGIN IMMEDIATE")
+    for _ in range(min(count, free_pages(connection))):
+        connection.execute("PRAGMA incremental_vacuum(1)")
+    if alone:
+        commit(connection)
+
+
+def vacuum(connection: sqlite3.Connection) -> None:
+    """Write the whole file anew, without free pages and so that it gives back pages from now on. Takes long, and up to
+    twice its size on the disk. Raises `StoreFullError`; the file is then as before."""
+    try:
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        connection.execute("PRAGMA temp_store = FILE")  # the copy is as large as the database
+        connection.execute("VACUUM")
+    except sqlite3.OperationalError as error:
+        raise (full_disk(error, connection) or error) from error
+    finally:
+        connection.execute("PRAGMA temp_store = MEMORY")
+    checkpoint_wal(connection)
+
+
+# --- backups ----------------------------------------------------------------------------------------
+
+
+def back_up(
+    connection: sqlite3.Connection,
+    target: Path,
+    *,
+    replace: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    accompany: Callable[[Path], None] = lambda copy: None,
+) -> int:
+    """Copy the database of `connection` to the file `target`, and return the size of that in bytes.
+
+    `progress` is called after every `STEP_PAGES`, is told how many pages of how many are done, and ends it by raising.
+    Meanwhile the connection may be used, also by another thread if that is over when `progress` returns: what it
+    commits is in the copy too. The copy has been checked and is durable when it appears under its name; before that
+    `accompany` is called with it, to put beside it what belongs to it.
+
+    Raises `PersistenceError` if the target can't be written, exists (without `replace`) or the database is damaged,
+    and `StoreFullError` if the disk of the target is full; then nothing is left behind.
+    """
+    if connection.in_transaction:
+        raise ValueError("commit first: inside of a transaction there is nothing that could be copied")
+    check_target(target, replace=replace)
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
+    except OSError as error:
+        raise PersistenceError(f"{target} can't be written: {error.strerror}") from error
+    os.close(handle)
+    partial = Path(name)
+    try:
+        _copy_pages(connection, partial, target, progress)
+        _finish_copy(partial, target)
+        accompany(partial)
+        size = partial.stat().st_size
+        _publish(partial, target, replace=replace)
+    finally:
+        for left in (partial, Path(f"{partial}-wal"), Path(f"{partial}-shm"), Path(f"{partial}-journal")):
+            left.unlink(missing_ok=True)
+    return size
+
+
+def check_target(target: Path, *, replace: bool) -> None:
+    """Raises `PersistenceError` if a backup can't be written to `target`, as far as one sees before."""
+    if not target.parent.is_dir():
+        raise PersistenceError(f"{target} can't be written: there is no folder {target.parent}")
+    if target.is_dir():
+        raise PersistenceError(f"{target} is a folder; name a file in it")
+    if target.exists() and not replace:
+        raise _exists(target)
+
+
+def put_back(backup: Path, database: Path, prepare: Callable[[sqlite3.Connection], None]) -> Path | None:
+    """Make the copy `backup` the database at `database`, which nobody has open; where the old one is now, if there was
+    one. `prepare` changes the copy before it takes that place.
+
+    Raises `PersistenceError` if the backup is no sound database of ours; nothing is changed then.
+    """
+    if not backup.is_file():
+        raise PersistenceError(f"there is no file {backup}")
+    if database.exists() and backup.samefile(database):
+        raise PersistenceError(f"{backup} is the database itself; name a backup of it")
+    fresh = database.with_name(f".{database.name}.restoring")
+    for left in (fresh, Path(f"{fresh}-wal")):
+        left.unlink(missing_ok=True)
+    try:
+        if wal_bytes(backup):
+            _refuse_foreign_log(backup)
+        # A file that lies alone is read as it is, also where nothing can be written.
+        uri = f"file:{quote(os.fspath(backup))}?mode=ro{'' if wal_bytes(backup) else '&immutable=1'}"
+        try:
+            with closing(sqlite3.connect(uri, uri=True)) as source:
+                _recognise(source, backup, may_be_new=False)
+                if damage := find_damage(source, 1):
+                    raise PersistenceError(
+                        f"{backup} is damaged ({damage[0]}); nothing was changed: try another backup"
+                    )
+                back_up(source, fresh)
+        except sqlite3.Error as error:
+            raise _explained(error, backup) from error
+        with closing(open_database(fresh)) as copy:
+            prepare(copy)
+        return _change_places(fresh, database)
+    finally:
+        for left in (fresh, Path(f"{fresh}-wal")):
+            left.unlink(missing_ok=True)
+
+
+def _copy_pages(
+    connection: sqlite3.Connection, partial: Path, target: Path, progress: Callable[[int, int], None]
+) -> None:
+    beginnings = 0
+
+    def step(status: int, remaining: int, total: int) -> None:
+        nonlocal beginnings
+        beginnings += status == sqlite3.SQLITE_OK and total - remaining <= STEP_PAGES
+        if beginnings > MAX_COPY_RESTARTS:
+            raise PersistenceError(f"{target} was not written: the copy had to begin {beginnings} times; try again")
+        progress(total - remaining, total)
+
+    with closing(sqlite3.connect(partial, isolation_level=None)) as copy:
+        copy.execute("PRAGMA synchronous = OFF")  # it is synced as a whole
+        copy.execute("PRAGMA journal_mode = OFF")
+        try:
+            connection.backup(copy, pages=STEP_PAGES, progress=step)
+        except sqlite3.Error as error:
+            raise _failed_copy(error, target) from error
+
+
+def _finish_copy(partial: Path, target: Path) -> None:
+    """Check it, give it a mark of its own and put it on the disk."""
+    try:
+        with closing(sqlite3.connect(partial, isolation_level=None)) as copy:
+            if damage := find_damage(copy, 1):
+                raise PersistenceError(
+                    f"{target} was not written: the database is damaged ({damage[0]}); "
+                    "`prunus broker restore` puts an older backup in its place"
+                )
+            _mark_log(copy)
+        file = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except sqlite3.Error as error:
+        raise _failed_copy(error, target) from error
+    except OSError as error:
+        raise PersistenceError(f"{target} can't be written: {error.strerror}") from error
+
+
+def _failed_copy(error: sqlite3.Error, target: Path) -> PersistenceError:
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        return StoreFullError(os.fspath(target))
+    return PersistenceError(f"{target} was not written: {error}")
+
+
+def _publish(partial: Path, target: Path, *, replace: bool) -> None:
+    """Give it its name, without taking that of another file."""
+    try:
+        if replace:
+            partial.replace(target)
+        else:
+            os.link(partial, target)
+        _sync_folder(target.parent)
+    except FileExistsError:
+        raise _exists(target) from None
+    except OSError as error:
+        raise PersistenceError(f"{target} can't be written: {error.strerror}") from error
+
+
+def _exists(target: Path) -> PersistenceError:
+    return PersistenceError(f"{target} exists already; choose another name (or --force)")
+
+
+def _change_places(fresh: Path, database: Path) -> Path | None:
+    """Whenever this is interrupted, either of the two files has its name, or none has and the log tells."""
+    aside = database.with_name(f"{database.name}.before-restore-{time.strftime('%Y%m%d-%H%M%S')}")
+    was_there = database.exists()
+    try:
+        if was_there:
+            with contextlib.suppress(PersistenceError):  # what is in its log goes into the file, if it is sound
+                open_database(database).close()
+            os.link(database, aside)
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"{database}-wal").rename(f"{aside}-wal")
+        fresh.replace(database)
+        _sync_folder(database.parent)
+    except OSError as error:
+        raise PersistenceError(f"{database} can't be put aside: {error.strerror}") from error
+    return aside if was_there else None
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+# --- whose log it is --------------------------------------------------------------------------------
+
+
+def _mark_log(connection: sqlite3.Connection) -> None:
+    """Begin the log, which is empty, with a mark. Not being able to (on a full disk) is no harm."""
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("CREATE TABLE IF NOT EXISTS log_mark (id INTEGER PRIMARY KEY, mark BLOB NOT NULL)")
+        found = connection.execute("SELECT mark FROM log_mark").fetchone()
+        before = found[0][-_MARK_ID_BYTES:] if found else bytes(_MARK_ID_BYTES)
+        mark = _MARK + before + os.urandom(_MARK_ID_BYTES)
+        connection.execute("INSERT OR REPLACE INTO log_mark VALUES (1, ?)", (mark,))
+        connection.execute("COMMIT")
+    except sqlite3.OperationalError as error:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        if full_disk(error, connection) is None:
+            raise
+
+
+def _refuse_foreign_log(path: Path) -> None:
+    """Raises `PersistenceError` if the log beside the database at `path` was begun on another file. Looks only."""
+    if not path.exists() or path.stat().st_size == 0:
+        raise PersistenceError(
+            f"{path} is {'empty' if path.exists() else 'gone'}, but its log {path}-wal is not; nothing was changed: "
+            "put the file back, or move the log away and restore a backup (`prunus broker restore FILE`)"
+        )
+    before, own = _mark_in_log(Path(f"{path}-wal"))
+    found = _mark_in_file(path)
+    if None not in (before, found) and found not in (before, own):
+        raise PersistenceError(
+            f"the log {path}-wal belongs to another file than {path}; together they would be damaged, and nothing was "
+            f"changed: put the file back that belongs to the log, or move the log away"
+        )
+
+
+def _mark_in_file(path: Path) -> bytes | None:
+    """The last mark that is in the file itself, whatever is in its log; None if there is none that can be read."""
+    try:
+        uri = f"file:{quote(os.fspath(path))}?mode=ro&immutable=1"  # without its log, and without locks
+        with closing(sqlite3.connect(uri, uri=True)) as file:
+            found = file.execute("SELECT mark FROM log_mark").fetchone()
+    except sqlite3.Error:
+        return None
+    return bytes(found[0])[-_MARK_ID_BYTES:] if found else None
+
+
+def _mark_in_log(log: Path) -> tuple[bytes, bytes] | tuple[None, None]:
+    """The mark with which a log begins: that of its file before, and its own. (None, None) if it begins with none.
+
+    The format: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
+    """
+    with log.open("rb") as file:
+        header = file.read(32)
+        if len(header) < 32:
+            return None, None
+        magic, _, page_size = struct.unpack(">3I", header[:12])
+        order = ">" if magic & 1 else "<"
+        sums = _log_sums(header[:24], (0, 0), order)
+        if magic & ~1 != 0x377F0682 or page_size > 65_536 or sums != struct.unpack(">2I", header[24:]):
+            return None, None
+        for _ in range(_MARK_FRAMES):
+            frame = file.read(24 + page_size)
+            if len(frame) < 24 + page_size or frame[8:16] != header[16:24]:
+                break
+            sums = _log_sums(frame[24:], _log_sums(frame[:8], sums, order), order)
+            if sums != struct.unpack(">2I", frame[16:24]):
+                break
+            if (at := frame.find(_MARK, 24)) >= 0:
+                ids = frame[at + len(_MARK) :][: 2 * _MARK_ID_BYTES]
+                return ids[:_MARK_ID_BYTES], ids[_MARK_ID_BYTES:]
+            if frame[4:8] != bytes(4):  # the end of the first transaction
+                break
+    return None, None
+
+
+def _log_sums(data: bytes, sums: tuple[int, int], order: str) -> tuple[int, int]:
+    first, second = sums
+    words = iter(struct.unpack(f"{order}{len(data) // 4}I", data))
+    for one, two in zip(words, words, strict=True):
+        first = (first + one + second) & 0xFFFFFFFF
+        second = (second + two + first) & 0xFFFFFFFF
+    return first, second
 
 
 # --- opening ----------------------------------------------------------------------------------------
 
 
-def _recognise(connection: sqlite3.Connection, path: str | os.PathLike[str]) -> None:
-    """Mark a new database as ours; refuse one that is not, before anything in it is changed."""
-    [application_id] = connection.execute("PRAGMA application_id").fetchone()
-    [version] = connection.execute("PRAGMA user_version").fetchone()
-    [tables] = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    if (application_id, version, tables) == (0, 0, 0):
+def _recognise(connection: sqlite3.Connection, path: str | os.PathLike[str], *, may_be_new: bool = True) -> None:
+    """Say of a new database that it is ours; refuse one that is not, before anything in it is changed."""
+    [[application_id]] = connection.execute("PRAGMA application_id").fetchall()
+    [[version]] = connection.execute("PRAGMA user_version").fetchall()
+    [[tables]] = connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+    if may_be_new and (application_id, version, tables) == (0, 0, 0):
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         connection.execute("BEGIN IMMEDIATE")
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -155,19 +553,22 @@ def _configure(connection: sqlite3.Connection, *, exclusive: bool, journal_mode:
         "locking_mode": "exclusive" if exclusive else "normal",
         "journal_mode": journal_mode,
         "synchronous": 2,  # FULL
+        "temp_store": 2,  # MEMORY: else what a savepoint may have to undo is written to a file, page by page
         "foreign_keys": 1,
         "trusted_schema": 0,
         "wal_autocheckpoint": 0,
+        "journal_size_limit": WAL_LIMIT_BYTES,
         "fullfsync": 1,  # a plain fsync on macOS leaves the data in the drive's cache
         "checkpoint_fullfsync": 1,
     }
     for name, value in wanted.items():
-        connection.execute(f"PRAGMA {name} = {value}")
+        # To its last step: the change of journal_mode returns its row first, and may fail after that.
+        connection.execute(f"PRAGMA {name} = {value}").fetchall()
     if exclusive:  # takes the lock now, and keeps it
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("COMMIT")
     for name, value in wanted.items():
-        [found] = connection.execute(f"PRAGMA {name}").fetchone() or [None]
+        [[found]] = connection.execute(f"PRAGMA {name}").fetchall() or [[None]]
         too_old = name == "trusted_schema" and sqlite3.sqlite_version_info < (3, 31)
         if found != value and not too_old and not (journal_mode == "memory" and name == "locking_mode"):
             raise PersistenceError(f"SQLite {sqlite3.sqlite_version} does not accept {name} = {value}: it says {found}")
@@ -181,11 +582,7 @@ def _create_file(path: Path) -> None:
         return
     except OSError as error:
         raise PersistenceError(f"{path} can't be created: {error.strerror}") from error
-    folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    _sync_folder(path.parent)
 
 
 def refuse_network_file_system(path: Path) -> None:
@@ -220,10 +617,14 @@ def _explained(error: sqlite3.Error, path: str | os.PathLike[str]) -> Persistenc
         case "SQLITE_BUSY" | "SQLITE_LOCKED":
             return PersistenceError(f"another program has {path} open; is a daemon running? (`prunus daemon status`)")
         case "SQLITE_NOTADB":
-            return PersistenceError(f"{path} is no database; nothing was changed, move it away or choose another file")
+            return PersistenceError(
+                f"{path} is no database, or its beginning is damaged; nothing was changed: choose another file, or "
+                "restore a backup (`prunus broker restore FILE`)"
+            )
         case "SQLITE_FULL":
             return StoreFullError(os.fspath(path))
         case _:
             return PersistenceError(
-                f"{path} can't be used as a database ({error}); if the disk is sound, restore the file from a backup"
+                f"{path} can't be used as a database ({error}); nothing was repaired: if the disk is sound, restore a "
+                "backup (`prunus broker restore FILE`)"
             )

@@ -63,12 +63,35 @@ MAX_REPLIES = 1000
 """How many answers to its letters are kept of a process: the newest."""
 MAX_LOG_LINES = 10_000
 """How many lines are kept of the log of a process: the newest (and at times up to a tenth more)."""
+MAX_EVENTS = 10_000
+"""How many events are kept of the history of a process (and at times up to a tenth more): the `FIRST_EVENTS` first and
+the newest. Where some are left out, a last one of those (``thinned``) says how many."""
+FIRST_EVENTS = 100
 KEPT_STEPS = 64
 """How many past checkpoints are kept of a process: the newest."""
 
+SECTIONS = ("mail", "replies", "steps", "events", "lines")
+"""What belongs to a process beside its row, in the order in which it is copied."""
+PORTION_BYTES = 1024 * 1024
+"""A portion of a copy holds no more, unless one thing in it alone is larger."""
+MAX_ARRIVAL_BYTES = 512 * 1024 * 1024
+"""Of parcels that wait for `Persister.adopt`, all together."""
+ARRIVAL_TIME_S = 3600.0
+"""What arrived and was not adopted for so long is forgotten."""
+
+
+DEFAULT_QUEUE = "default"
+"""The queue of a process that names none."""
+MAX_PRIORITY = 9
+"""Goes first."""
+MAX_NAME_CHARS = 255
+"""Of a queue, a resource and a key."""
+MAX_TOKENS = 2**31 - 1
+"""Of one resource that one process holds."""
+
 
 class NewProcess(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A process to be kept from now on. Creating a pid that exists changes nothing (G6)."""
+    """A process to be kept from now on. Creating a pid or a key that exists changes nothing (G6)."""
 
     pid: str
     class_id: str
@@ -89,6 +112,24 @@ class NewProcess(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The step that is next, for people."""
     status: str | None = None
     """A line for people."""
+    queue: str = DEFAULT_QUEUE
+    """Only workers that take this queue step it."""
+    priority: int = 0
+    """0 to `MAX_PRIORITY`, which goes first. Within one priority the deeper process does, then the older one."""
+    resources: dict[str, int] = {}
+    """The tokens (of resources that the broker counts) that it holds while a worker has it; parked it holds none."""
+    key: str | None = None
+    """A second name that its caller chose, for as long as the process is kept. Children have none: their parent may
+    wait for the pid that it gave them."""
+
+
+class Created(msgspec.Struct, frozen=True):
+    """The process that is kept now."""
+
+    pid: str
+    """The one that was asked for, or the one that has the key."""
+    is_new: bool
+    """Or it was there already, and nothing changed."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -258,6 +299,17 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The names of the mail that it waits for."""
     mail: int = 0
     """How much mail it has not consumed."""
+    queue: str = DEFAULT_QUEUE
+    priority: int = 0
+    resources: dict[str, int] = {}
+    key: str | None = None
+    depth: int = 0
+    """How many processes are above it: 0 without a parent, else one more than its parent has."""
+    crashes: int = 0
+    """How many workers died in its step, since it began the step."""
+    suspect: bool = False
+    """One more of these sets it aside: its step runs on a worker that has no other such one. Only in the answers to
+    `load` and `claim`."""
     inbox_done: int = 0
     inbox_last: int = 0
     checkpoint: bytes | None = None
@@ -305,6 +357,82 @@ class Posted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of its last claim: who claims it from now on gets a higher one, and the letter."""
 
 
+class Cursor(msgspec.Struct, frozen=True):
+    """Where the copy of a process goes on."""
+
+    section: str
+    """One of `SECTIONS`."""
+    after: int
+    """The number of the last one of it that is copied."""
+    save: int
+    """`Record.seq` when the copy began."""
+
+
+class Kept(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The heart of a process that is copied: what has to be of one moment."""
+
+    record: Record
+    """With its checkpoint, its result and the letters that are not dealt with."""
+    good_state: str
+    """The state of the last checkpoint that is no end: `revive` leads to it."""
+    groups: tuple[tuple[str, ...], ...] = ()
+    """The pids that it waits for, also those that have ended."""
+    listens: tuple[str, ...] = ()
+    mail_last: int = 0
+    """The number of its newest mail."""
+    events_last: int = 0
+    """The number of the newest event; a copy that is made slowly may have later ones."""
+    lines_last: int = 0
+    """The same of its log."""
+    is_held_back: bool = False
+    """It is paused only because it came from elsewhere: its history says so, with `Record.status` as the reason."""
+
+
+class PastStep(msgspec.Struct, frozen=True):
+    """A past checkpoint, whole."""
+
+    seq: int
+    step: str
+    at: float
+    checkpoint: bytes
+
+
+class Portion(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A part of the copy of a process, in the order of the fields; the first one alone has `kept`."""
+
+    pid: str
+    kept: Kept | None = None
+    mail: tuple[Mail, ...] = ()
+    replies: tuple[Reply, ...] = ()
+    steps: tuple[PastStep, ...] = ()
+    events: tuple[Event, ...] = ()
+    lines: tuple[LogLine, ...] = ()
+    next: Cursor | None = None
+    """Where the next portion begins; None: this was the last one."""
+
+
+class Adopted(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What became of processes that came from elsewhere."""
+
+    pids: tuple[str, ...] = ()
+    """They are kept now."""
+    skipped: tuple[str, ...] = ()
+    """These were there already, and are as they were."""
+
+
+class Route(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where a runnable process goes, and when."""
+
+    queue: str = DEFAULT_QUEUE
+    priority: int = 0
+    resources: dict[str, int] = {}
+    depth: int = 0
+
+
+PLAIN = Route()
+"""That of most processes without a parent."""
+
+
 class Effects(msgspec.Struct, frozen=True, omit_defaults=True):
     """What an operation made true of unheld processes."""
 
@@ -312,6 +440,8 @@ class Effects(msgspec.Struct, frozen=True, omit_defaults=True):
     called: tuple[str, ...] = ()
     nudged: tuple[tuple[str, str], ...] = ()
     """(owner, pid) of each held process that got a letter: its owner should read it now."""
+    routes: dict[str, Route] = {}
+    """Of those that are runnable, as far as they are not `PLAIN`."""
 
 
 class Query(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -331,6 +461,14 @@ class Query(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """1 to `QUERY_LIMIT`."""
     before: str | None = None
     """Only pids created before this one: the next page."""
+    prefix: str | None = None
+    """Only pids that begin or end with this text: what a short pid may mean."""
+    queue: str | None = None
+    key: str | None = None
+    created_before: float | None = None
+    """Wall clock, seconds since 1970."""
+    updated_before: float | None = None
+    """Wall clock, seconds since 1970: nothing was saved or said of it since. For one that has ended: it did before."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.limit <= QUERY_LIMIT:
@@ -344,8 +482,12 @@ class Persister(Protocol):
     such pid), `StoreFullError` (nothing was changed), `ValueError` for what can't be meant.
     """
 
-    async def create(self, process: NewProcess) -> bool:
-        """Keep a new process. False if the pid exists: then nothing changes."""
+    async def create(self, process: NewProcess) -> Created:
+        """Keep a new process. If its pid exists, or a process that is kept has its key (whatever its state), nothing
+        changes, and that one is the answer.
+
+        `UnknownResourceError` if it needs a resource that the broker does not have (so much of).
+        """
         ...
 
     async def claim(self, pid: str, owner: str, *, at: float) -> Claim:
@@ -400,8 +542,8 @@ class Persister(Protocol):
         """The matching rows, newest first, without checkpoints."""
         ...
 
-    async def history(self, pid: str) -> Sequence[Event]:
-        """Its events, oldest first."""
+    async def history(self, pid: str, after: int = 0) -> Sequence[Event]:
+        """Its events with a number above `after`, oldest first, as far as they are kept (`MAX_EVENTS`)."""
         ...
 
     async def log(
@@ -421,4 +563,35 @@ class Persister(Protocol):
 
     async def delete(self, pid: str) -> None:
         """Forget a terminal process that nobody waits for; else `InvalidStateError`."""
+        ...
+
+    async def prune(self, query: Query) -> int:
+        """Forget up to `query.limit` of the matching processes that have ended, that nobody waits for and whose
+        children have all ended; how many it were. The longest ended go first. `query.before` is a `ValueError`."""
+        ...
+
+    async def export(self, pid: str, after: Cursor | None = None) -> Portion:
+        """The copy of a process, portion by portion; `after` is the `Portion.next` of the one before.
+
+        Nothing is changed by it, and the process goes on. `BusyError` if it went on so far that its mail does not fit
+        to its checkpoint any more: begin again.
+        """
+        ...
+
+    async def stage(self, arrival: str, number: int, portions: Sequence[Portion]) -> None:
+        """Put down a parcel of what is to be adopted under the name `arrival`, the `number`th from 0 on. It is no
+        process yet, and is forgotten after `ARRIVAL_TIME_S`. Saying it again is harmless. `BusyError` if
+        `MAX_ARRIVAL_BYTES` are there."""
+        ...
+
+    async def adopt(self, arrival: str, parcels: int, source: str, *, skip_existing: bool = False) -> Adopted:
+        """Keep the processes of which all these parcels were staged, all of them or none.
+
+        They are as they were, `source` is noted in their histories, and nobody holds them. A living one that is not
+        playing waits for a `play`; one that is playing is runnable, also to look at its waits. For whoever forgets
+        what has ended long ago they end now.
+
+        `ArchiveError` if something is missing or can't be meant, if a key is taken, or a pid is (with `skip_existing`
+        that one is left as it is).
+        """
         ...

@@ -18,13 +18,17 @@ import msgspec
 from prunus.errors import ProtocolError
 from prunus.persistence.persister import (
     LOG_LIMIT,
+    Adopted,
     Claim,
+    Created,
+    Cursor,
     Effects,
     Event,
     LogLine,
     NewProcess,
     Note,
     Past,
+    Portion,
     Posted,
     Query,
     Record,
@@ -97,6 +101,7 @@ class QueryRequest(msgspec.Struct, frozen=True, tag="query"):
 
 class HistoryRequest(msgspec.Struct, frozen=True, tag="history"):
     pid: str
+    after: int = 0
 
 
 class LogRequest(msgspec.Struct, frozen=True, tag="log"):
@@ -119,6 +124,28 @@ class DeleteRequest(msgspec.Struct, frozen=True, tag="delete"):
     pid: str
 
 
+class PruneRequest(msgspec.Struct, frozen=True, tag="prune"):
+    query: Query
+
+
+class ExportRequest(msgspec.Struct, frozen=True, tag="export"):
+    pid: str
+    after: Cursor | None = None
+
+
+class StageRequest(msgspec.Struct, frozen=True, tag="stage"):
+    arrival: str
+    number: int
+    portions: tuple[Portion, ...]
+
+
+class AdoptRequest(msgspec.Struct, frozen=True, tag="adopt"):
+    arrival: str
+    parcels: int
+    source: str
+    skip_existing: bool = False
+
+
 Request = (
     CreateRequest
     | ClaimRequest
@@ -137,6 +164,10 @@ Request = (
     | PastRequest
     | PastCheckpointRequest
     | DeleteRequest
+    | PruneRequest
+    | ExportRequest
+    | StageRequest
+    | AdoptRequest
 )
 
 READING = (
@@ -147,11 +178,16 @@ READING = (
     LogRequest,
     PastRequest,
     PastCheckpointRequest,
+    ExportRequest,
 )
 """Those that change nothing."""
+HOLDING = (ClaimRequest, SaveRequest, NoteRequest, ReleaseRequest, SetAsideRequest)
+"""Those that the holder of a process makes, or who becomes it."""
+ARRIVING = (StageRequest, AdoptRequest)
+"""Those that bring processes from elsewhere, in whatever state: no worker makes them."""
 
 ANSWERS: dict[type, Any] = {
-    CreateRequest: bool,
+    CreateRequest: Created,
     ClaimRequest: Claim,
     SaveRequest: Saved,
     NoteRequest: None,
@@ -168,6 +204,10 @@ ANSWERS: dict[type, Any] = {
     PastRequest: list[Past],
     PastCheckpointRequest: bytes,
     DeleteRequest: None,
+    PruneRequest: int,
+    ExportRequest: Portion,
+    StageRequest: None,
+    AdoptRequest: Adopted,
 }
 """What each request is answered with."""
 
@@ -202,8 +242,8 @@ def perform(store: ProcessStore, request: Request, session: str | None = None) -
             return store.load(pid)
         case QueryRequest(query):
             return store.query(query)
-        case HistoryRequest(pid):
-            return store.history(pid)
+        case HistoryRequest(pid, after):
+            return store.history(pid, after)
         case LogRequest(pid, after, limit, last):
             return store.log(pid, after, limit, last=last)
         case PastRequest(pid):
@@ -212,6 +252,14 @@ def perform(store: ProcessStore, request: Request, session: str | None = None) -
             return store.past_checkpoint(pid, seq)
         case DeleteRequest(pid):
             return store.delete(pid)
+        case PruneRequest(query):
+            return store.prune(query)
+        case ExportRequest(pid, after):
+            return store.export(pid, after)
+        case StageRequest(arrival, number, portions):
+            return store.stage(arrival, number, portions)
+        case AdoptRequest(arrival, parcels, source, skip_existing):
+            return store.adopt(arrival, parcels, source, skip_existing=skip_existing)
         case _:
             assert_never(request)
 
@@ -253,8 +301,8 @@ class PersisterOfRequests:
         """Have `request` done, durably, and return its answer."""
         raise NotImplementedError
 
-    async def create(self, process: NewProcess) -> bool:
-        answer: bool = await self.ask(CreateRequest(process))
+    async def create(self, process: NewProcess) -> Created:
+        answer: Created = await self.ask(CreateRequest(process))
         return answer
 
     async def claim(self, pid: str, owner: str, *, at: float) -> Claim:
@@ -298,8 +346,8 @@ class PersisterOfRequests:
         answer: Sequence[Record] = await self.ask(QueryRequest(query))
         return answer
 
-    async def history(self, pid: str) -> Sequence[Event]:
-        answer: Sequence[Event] = await self.ask(HistoryRequest(pid))
+    async def history(self, pid: str, after: int = 0) -> Sequence[Event]:
+        answer: Sequence[Event] = await self.ask(HistoryRequest(pid, after))
         return answer
 
     async def log(
@@ -318,6 +366,21 @@ class PersisterOfRequests:
 
     async def delete(self, pid: str) -> None:
         await self.ask(DeleteRequest(pid))
+
+    async def prune(self, query: Query) -> int:
+        answer: int = await self.ask(PruneRequest(query))
+        return answer
+
+    async def export(self, pid: str, after: Cursor | None = None) -> Portion:
+        answer: Portion = await self.ask(ExportRequest(pid, after))
+        return answer
+
+    async def stage(self, arrival: str, number: int, portions: Sequence[Portion]) -> None:
+        await self.ask(StageRequest(arrival, number, tuple(portions)))
+
+    async def adopt(self, arrival: str, parcels: int, source: str, *, skip_existing: bool = False) -> Adopted:
+        answer: Adopted = await self.ask(AdoptRequest(arrival, parcels, source, skip_existing))
+        return answer
 
 
 class RequestPersister(PersisterOfRequests):

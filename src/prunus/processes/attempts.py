@@ -4,8 +4,10 @@ Everything that can go wrong with user code is dealt with here. It may raise, ta
 thread, ignore its cancellation, or go on writing after it was given up: `Attempt.run` comes back in each case, within a
 bound, with an outcome. What the step writes belongs to the attempt; the process takes it over if the attempt ends well.
 
-An ``async def`` runs on the loop, a plain ``def`` in a worker thread with the context copied. A thread can't be
-stopped: one whose step was given up runs on, its value is dropped, and a warning says so.
+An ``async def`` runs on the loop, a plain ``def`` in a worker thread; each has a copy of the context. What can't wait
+(an ``async def`` without any ``await``, a plain ``def`` that is to run on the loop) is called at once, without a task:
+nothing can come between, so nothing could cancel it. A thread can't be stopped: one whose step was given up runs on,
+its value is dropped, and a warning says so.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
 
 from prunus.errors import StepTimeoutError
 from prunus.processes import eager, stack
@@ -30,81 +34,86 @@ if TYPE_CHECKING:
 
     from prunus.processes.machine import Machine
     from prunus.processes.process import Process
+    from prunus.processes.states import Running
 
 CANCEL_GRACE_S = 10.0
 """How long a step that is cancelled, but not killed, may clean up before it is abandoned."""
 MAX_EAGER_DEPTH = 8
 """Steps that run inside steps start eagerly down to this depth; deeper ones would fill the interpreter's stack."""
 
+T = TypeVar("T")
 Outcome = tuple[Any, BaseException | None]
 """What a step has returned, or what it has raised."""
 
 _log = logging.getLogger(__name__)
 
 
-class Attempt:
+class Attempt(msgspec.Struct, eq=False):
     """See the module. Everything but plain ``def`` steps happens on one event loop."""
 
-    # What most attempts never change costs them nothing.
+    process: Machine
+    number: int
+    outputs: dict[str, Any]
+    memo: Any
+    """What a subclass of `Process` keeps in a working copy."""
     step: str | None = None
     """The name of the step, when it is known."""
-    memo: Any = None
-    """What a subclass of `Process` keeps in a working copy."""
+    begun_in: Running | None = None
+    """The state whose step it is, once that has begun."""
     options: StepOptions | None = None
-    is_killed = False
+    frames: stack.Stack | None = None
+    """The process stack in the step."""
+    children: list[Process] = []
+    progress: float | None = None
+    """What the step says of itself, from 0 to 1."""
+    detail: str | None = None
+    is_killed: bool = False
     failure: BaseException | None = None
     """Why it was cancelled, if it was not killed."""
     outcome: Outcome | None = None
     task: asyncio.Task[None] | None = None
     waiter: asyncio.Future[None] | None = None
-    coroutine: Coroutine[Any, Any, None] | None = None
     loop: asyncio.AbstractEventLoop | None = None
     guard: asyncio.TimerHandle | None = None
     """The timer that cancels it, or gives it up."""
-    beat_at_s = 0.0
+    beat_at_s: float = 0.0
     doing: defaultdict[str, asyncio.Lock] | None = None
     """What `Process.do` does at this moment, by name."""
-    maps = 0
+    maps: int = 0
     """How often it has fanned out."""
-    is_over = False
+    is_over: bool = False
     """The step has ended or is given up: what it calls from now on is not waited for."""
-    calls: set[Future[Any]] | None = None
+    calls: list[Future[Any]] = []
     """Processes that a step in a thread has called."""
 
-    def __init__(self, process: Machine, number: int, outputs: dict[str, Any]) -> None:
-        self.process = process
-        self.number = number
-        self.outputs = outputs
-        self.children: list[Process] = []
-
     async def run(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: StepOptions
+        self, options: StepOptions, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Outcome:
         """Call a step and wait for its end, or until it is given up.
 
         If the caller is cancelled, the step is cancelled, given `CANCEL_GRACE_S` to end, and `CancelledError` goes on.
         """
-        return self.begin(function, args, kwargs, options) or await self.end()
+        self.outcome, self.is_over = None, False  # of what was run before it
+        return self.begin(options, function, args, kwargs) or await self.end()
 
     def begin(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], options: StepOptions
+        self, options: StepOptions, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Outcome | None:
         """Call a step. The outcome if it has ended already; if not, its `end` must be awaited."""
         self.options = options
-        if self.outcome is not None:  # of what was run before it
-            self.outcome, self.is_over = None, False
+        self.frames = stack.extended(self.process, self.number, self.step)
         loop = self.loop = asyncio.get_running_loop()
         if options.is_inline:
-            self._call_inline(function, args, kwargs)
-            if self.outcome is not None:
-                return self.outcome
+            called = contextvars.copy_context().run(self._call_inline, function, args, kwargs)
+            if isinstance(called, tuple):
+                return called
+            coroutine = called
         else:
-            self.coroutine = self._body(function, args, kwargs)
-        assert self.coroutine is not None
-        if not self.is_killed and stack.depth() < MAX_EAGER_DEPTH:
-            self.task = eager.start(loop, self.coroutine)
+            coroutine = self._body(function, args, kwargs)
+        if not self.is_killed and len(self.frames) <= MAX_EAGER_DEPTH:
+            self.task = eager.start(loop, coroutine)
         else:
-            self.task = loop.create_task(self.coroutine)
+            self.task = loop.create_task(coroutine)
         return self.outcome
 
     async def end(self) -> Outcome:
@@ -135,7 +144,7 @@ class Attempt:
             if self.outcome is None and not task.done():
                 self._abandon(task)
             self.is_over = True
-            for call in tuple(self.calls or ()):
+            for call in tuple(self.calls):
                 call.cancel()
         if self.failure is not None:
             return None, self.failure
@@ -170,34 +179,35 @@ class Attempt:
 
     async def _body(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The body of the task of a step: the one place where steps are called."""
-        stack.push(self.process, self.number, self.step)  # (the task has a context of its own)
+        assert self.frames is not None
+        stack.enter(self.frames)  # (the task has a context of its own)
         try:
-            code = getattr(function, "__code__", None)
-            if code is not None and code.co_flags & inspect.CO_COROUTINE:
-                outcome: Outcome = await function(*args, **kwargs), None
-            else:
-                outcome = await self.call(function, *args, **kwargs), None
+            is_async = self.options is not None and self.options.is_async
+            value = await (function(*args, **kwargs) if is_async else self.call(function, *args, **kwargs))
+            self.outcome = value, None
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException as error:  # the user's step: also SystemExit is no more than the end of this process
-            outcome = None, error
-        self.outcome = outcome
+            self.outcome = None, error
 
-    def _call_inline(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Call a plain step on the loop, where nothing can come between. If it returns an awaitable, that is left."""
-        token = stack.push(self.process, self.number, self.step)
+    def _call_inline(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Outcome | Coroutine[Any, Any, None]:
+        """Call a step that can't wait, so nothing can come between. If it returns an awaitable, that is left.
+
+        Runs in a copy of the context. `asyncio.current_task` is that of the driver.
+        """
+        assert self.frames is not None
+        stack.enter(self.frames)
         try:
-            value = function(*args, **kwargs)
-            if inspect.isawaitable(value):
-                self.coroutine = self._body(_await, (value,), {})
-            else:
-                self.outcome = value, None
+            value = function(*args, **kwargs) if kwargs else function(*args)
+            if value is not None and function is not at_once and inspect.isawaitable(value):
+                return self._body(_await, (value,), {})
+            return value, None
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException as error:  # the user's step
-            self.outcome = None, error
-        finally:
-            stack.pop(token)
+            return None, error
 
     async def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function of the user's, in a thread if it is a plain one."""
@@ -285,6 +295,17 @@ class Attempt:
                 self.guard = loop.call_later(max(0.0, min(ends) - now_s), look)
 
         look()
+
+
+def at_once(step: Callable[..., Coroutine[Any, Any, T]], *args: Any, **kwargs: Any) -> T:
+    """Call an ``async def`` that can't wait."""
+    coroutine = step(*args, **kwargs)
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        value: T = end.value
+        return value
+    raise AssertionError(f"{coroutine!r} has waited")
 
 
 async def _await(value: Awaitable[Any]) -> Any:

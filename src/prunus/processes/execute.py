@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from time import monotonic
 from typing import Any
 
-from prunus.errors import CheckpointNotFoundError, Failure, InvalidStateError
+from prunus.errors import CheckpointNotFoundError, Failure, InvalidStateError, StepBlockedError
 from prunus.processes.control import Kill
 from prunus.processes.generics import InputsT, OutputsT
 from prunus.processes.listeners import Line
+from prunus.processes.loading import load_class
 from prunus.processes.machine import NO_EFFECTS, Effects
 from prunus.processes.process import Process
 from prunus.processes.result import ProcessResult
@@ -39,11 +41,12 @@ async def execute(
     If the task that awaits this is cancelled, the process and its children are killed, and `CancelledError` goes on.
     Children that nobody waits for are waited for; when their parent is killed they are killed too, unless they are
     submitted with another ``parent_close``. `caller` is a process that calls this one in a step: it gets its lines.
+    Nobody could play a process that is called, so where one would be paused its caller gets `StepBlockedError`.
     """
     if isinstance(process, type):
         process = process(inputs, pid=pid, tags=tags)
-    family = _Family(caller)
-    return (await family.drive(process)).raise_for_state()
+    result: ProcessResult[OutputsT] = await _Family(caller).join(process).drive()
+    return result.raise_for_state()
 
 
 def run(
@@ -67,14 +70,11 @@ class _Family:
 
     def __init__(self, caller: Process | None = None) -> None:
         self.caller = caller
+        self.blocked: str | None = None
+        """Why one of them is paused, if there is a caller."""
         self.members: dict[str, _Member] = {}
         self.results: dict[str, ProcessResult] = {}
         """In the order in which they ended."""
-
-    async def drive(self, process: Process[Any, OutputsT]) -> ProcessResult[OutputsT]:
-        """Drive the first of the family."""
-        result: ProcessResult[OutputsT] = await self.join(process).drive()
-        return result
 
     def join(self, process: Process) -> _Member:
         member = self.members[process.pid] = _Member(self, process)
@@ -111,21 +111,26 @@ class _Member:
 
     async def drive(self) -> ProcessResult:
         """Drive it to its end; returns when its own children have ended too."""
-        process, loop = self._process, asyncio.get_running_loop()
-        turn_ends_s = loop.time() + MAX_TURN_S
+        process, turn_ends_s = self._process, monotonic() + MAX_TURN_S
         try:
-            while not process.has_terminated():
+            while True:
                 if process.can_step:
-                    await process.step()
-                    if loop.time() > turn_ends_s:  # steps that wait for nothing would let nobody else run
+                    if process.begin_step() is None:
+                        await process.end_step()
+                    if monotonic() > turn_ends_s:  # steps that wait for nothing would let nobody else run
                         await asyncio.sleep(0)
-                        turn_ends_s = loop.time() + MAX_TURN_S
+                        turn_ends_s = monotonic() + MAX_TURN_S
+                elif process.has_terminated():
+                    break
                 elif process.paused or not self._settle():
+                    self._refuse_pause()
                     await self._sleep()
                 if (effects := process.take_effects()) is not NO_EFFECTS:
                     self._carry_out(effects)
-        except asyncio.CancelledError:
-            process.receive(Kill("the task that executed it was cancelled", force=True))
+        except (asyncio.CancelledError, StepBlockedError) as error:
+            is_blocked = isinstance(error, StepBlockedError)
+            why = "a process that it belongs to is blocked" if is_blocked else "the task that executed it was cancelled"
+            process.receive(Kill(why, force=True))
             await self._cancel_children()
             raise
         finally:
@@ -136,6 +141,9 @@ class _Member:
             except asyncio.CancelledError:
                 await self._cancel_children()
                 raise
+            if self._family.blocked is not None:
+                self._look_at_children()
+                raise StepBlockedError(self._family.blocked)
         return process.result()
 
     # --- for the process ----------------------------------------------------------------------------
@@ -160,11 +168,28 @@ class _Member:
 
     async def results(self, pids: Sequence[str]) -> list[ProcessResult]:
         for pid in pids:
+            if (member := self._family.members.get(pid)) is not None:
+                raise InvalidStateError(member._process.state.value, f"ended to have a result (it is {pid})")
             if pid not in self._family.results:
                 raise CheckpointNotFoundError(pid)
         return [self._family.results[pid] for pid in pids]
 
+    def load_class(self, identifier: str) -> type[Process]:
+        return load_class(identifier)
+
     # --- inside -------------------------------------------------------------------------------------
+
+    def _refuse_pause(self) -> None:
+        """Of a process that is called, and of those below it, nobody has a handle by which to play it."""
+        family = self._family
+        if family.caller is None:
+            return
+        if family.blocked is None and self._process.paused:
+            family.blocked = self._process.status or f"process {self._process.pid} is paused"
+            for member in family.members.values():
+                member.changed()
+        if family.blocked is not None:
+            raise StepBlockedError(family.blocked)
 
     def _settle(self) -> bool:
         """Whether something has changed by what has happened of what it waits for."""
@@ -226,5 +251,12 @@ class _Member:
         for task in self._children:
             task.cancel()
         await asyncio.wait(self._children)
+        self._look_at_children()
         for child in self._children.values():  # those whose task had not begun
             child.receive(Kill("the execution of its parent was cancelled", force=True))
+
+    def _look_at_children(self) -> None:
+        """What their tasks have raised is known: they are blocked as this one is."""
+        for task in self._children:
+            if not task.cancelled():
+                task.exception()

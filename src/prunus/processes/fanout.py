@@ -8,14 +8,16 @@ finds the children that it had. The results are read when they are asked for: `M
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from prunus.errors import InvalidStateError
-from prunus.processes import stack
+from prunus.processes import loading, stack
 
 if TYPE_CHECKING:
+    from prunus.processes.machine import Machine
+    from prunus.processes.process import Process
     from prunus.processes.result import ProcessResult
 
 MAX_LISTED_ITEMS = 10_000
@@ -40,6 +42,8 @@ class FanOut:
     next: int = 0
     """The number of the next item."""
     in_flight: tuple[int, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What is said of each child beside its inputs: its queue, its tags ..."""
 
     def pid(self, number: int) -> str:
         return f"{self.prefix}.{number}"
@@ -61,6 +65,46 @@ class FanOut:
         """The numbers of the items that may begin now, and the fan-out when they have."""
         begin = range(self.next, min(self.count, self.next + self.max_in_flight - len(self.in_flight)))
         return replace(self, next=self.next + len(begin), in_flight=(*self.in_flight, *begin)), begin
+
+
+def source_of(process: Machine, items: Any, count: int | None) -> tuple[tuple[Any, ...], int]:
+    """`FanOut.source` for what `Process.map` was given, and how many items that are."""
+    if isinstance(items, range):
+        return ("range", items.start, items.step), len(items)
+    if isinstance(items, (list, tuple)):
+        if len(items) > MAX_LISTED_ITEMS:
+            raise ValueError(
+                f"map over a list of {len(items)} items: more than {MAX_LISTED_ITEMS} do not belong into a checkpoint; "
+                "give a method that returns one by its number, and count="
+            )
+        return ("items", list(items)), len(items)
+    name = getattr(items, "__name__", None)
+    if not callable(items) or not isinstance(name, str) or not callable(getattr(process, name, None)):
+        raise TypeError(f"map over {items!r}: give a list, a range, or a method of {type(process).__qualname__}")
+    if count is None:
+        raise TypeError(f"map over the method {name}: say count=, how many items there are")
+    return ("method", name), count
+
+
+def children_of(process: Machine, fan: FanOut, numbers: range) -> list[Process]:
+    """The children of `process` for the items of these numbers. Raises what the user's method raises."""
+    if not numbers:
+        return []
+    process_class = process._mapped.get(fan.class_id) or loading.load_class(fan.class_id)
+    only_port = next(iter(process_class.spec().inputs.ports), None)
+    children = []
+    for number in numbers:
+        match fan.source:
+            case ("range", start, step):
+                inputs: Any = {only_port: start + number * step}
+            case ("items", listed):
+                inputs = listed[number]
+            case ("method", name):
+                inputs = getattr(process, name)(number)
+            case _:
+                raise ValueError(f"no source of items: {fan.source!r}")
+        children.append(process._make_child(process_class, inputs, fan.pid(number), fan.options))
+    return children
 
 
 @dataclass(frozen=True)
@@ -97,11 +141,11 @@ class MapResults:
         process = stack.top()
         for begin in range(0, self.count, PAGE):
             if process is None:
-                raise InvalidStateError("outside of any step", "in a step, to read the results of its fan-out")
+                raise InvalidStateError("outside of any step", "in a step to read the results of its fan-out")
             yield from process._from_thread(self._read(range(begin, min(begin + PAGE, self.count))))
 
     async def _read(self, numbers: range) -> list[ProcessResult]:
         process = stack.top()
         if process is None or process.driver is None:
-            raise InvalidStateError("outside of any step", "in a step, to read the results of its fan-out")
+            raise InvalidStateError("outside of any step", "in a step to read the results of its fan-out")
         return await process.driver.results([f"{self.prefix}.{number}" for number in numbers])

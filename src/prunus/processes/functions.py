@@ -13,7 +13,7 @@
 The parameters are the inputs, checked by their annotations. What the function returns is the value of the result, or,
 if it is annotated with a dataclass, its outputs. A function is one step: after a crash it runs again from its
 beginning, and `Process.do` returns at once what was done already, by its name. ``@process`` over ``@step(retry=...)``
-says more of that step.
+says more of that step, ``@process(queue="gpu", priority=5)`` more of the class (see `prunus.processes.options`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable
-from typing import Any, Concatenate
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, overload
 
 from prunus.errors import SpecError
 from prunus.processes.commands import Command
@@ -32,8 +32,24 @@ from prunus.processes.spec import ExitCode
 from prunus.processes.steps import with_options_of
 
 
-def process(function: Callable[Concatenate[Process, ...], Any]) -> type[Process]:
-    """The process class that runs `function`; raises `SpecError` if no class can be made of it."""
+@overload
+def process(function: Callable[Concatenate[Process, ...], Any], /) -> type[Process]: ...
+@overload
+def process(
+    *, queue: str | None = None, priority: int | None = None, resources: Mapping[str, int] | None = None
+) -> Callable[[Callable[Concatenate[Process, ...], Any]], type[Process]]: ...
+def process(function: Any = None, /, **options: Any) -> Any:
+    """The process class that runs `function`; raises `SpecError` if no class can be made of it.
+
+    With options it is a decorator: `queue`, `priority` and `resources` are those of the class.
+    """
+    said = {name: value for name, value in options.items() if value is not None}
+    if function is None:
+        return lambda decorated: _class_of(decorated, said)
+    return _class_of(function, said)
+
+
+def _class_of(function: Callable[..., Any], options: Mapping[str, Any]) -> type[Process]:
     name = function.__name__
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
@@ -71,6 +87,7 @@ def process(function: Callable[Concatenate[Process, ...], Any]) -> type[Process]
         "__qualname__": function.__qualname__,
         "define": classmethod(define),
         "run": with_options_of(function, run),
+        **options,
     }
     returned = signature.return_annotation
     if isinstance(returned, str):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import importlib
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from prunus.errors import ProcessClassNotFoundError
@@ -30,7 +32,9 @@ def load_class(identifier: str, allowed: Sequence[str] = ANY_MODULE) -> type[Pro
 
     module_name, colon, qualname = identifier.partition(":")
     if not colon or not module_name or not qualname:
-        raise ProcessClassNotFoundError(identifier, "write it as package.module:Class")
+        head, dot, tail = identifier.rpartition(".")
+        meant = f", here perhaps {head}:{tail}" if dot and head and tail[:1].isupper() and not colon else ""
+        raise ProcessClassNotFoundError(identifier, f"write it as package.module:Class{meant}")
     if module_name == "__main__":
         raise ProcessClassNotFoundError(
             identifier, "it was defined in a script, which nobody else can import; put the class into a module"
@@ -44,7 +48,7 @@ def load_class(identifier: str, allowed: Sequence[str] = ANY_MODULE) -> type[Pro
             identifier, f"the module is not among those allowed here ({', '.join(allowed) or 'none'}); add it there"
         )
     try:
-        found: object = importlib.import_module(module_name)
+        found: object = (module := importlib.import_module(module_name))
     except (Exception, SystemExit) as error:  # importing runs any code
         missing = isinstance(error, ModuleNotFoundError) and module_name.startswith(str(error.name))
         reason = (
@@ -56,9 +60,14 @@ def load_class(identifier: str, allowed: Sequence[str] = ANY_MODULE) -> type[Pro
     for name in qualname.split("."):
         found = getattr(found, name, None)
         if found is None:
-            raise ProcessClassNotFoundError(
-                identifier, f"the module has no {qualname!r}; was the class renamed or moved? Keep the old name as well"
-            )
+            raise ProcessClassNotFoundError(identifier, f"the module has no {qualname!r}; {_what_now(module, name)}")
     if not (isinstance(found, type) and issubclass(found, Process)):
         raise ProcessClassNotFoundError(identifier, "it is no Process class; derive it from prunus.Process")
     return found
+
+
+def _what_now(module: ModuleType, name: str) -> str:
+    """What to do about a class that its module does not have: it was misspelt, or renamed."""
+    near = difflib.get_close_matches(name, [each for each in vars(module) if not each.startswith("_")], 1)
+    meant = f"did you mean {near[0]!r}? If it" if near else "if it"
+    return f"{meant} was renamed or moved, keep the old name as well"

@@ -13,7 +13,8 @@ Rules
   its `Attempt`, that becomes the state of the process when the step ends. A step that is cancelled from outside leaves
   the process as it was, and so does one that is tried again. A step that was abandoned (killed, and deaf) writes to
   nowhere.
-- User code runs in a task of its own, plain ``def`` steps in a worker thread: a kill reaches it and nothing else.
+- User code runs in a task of its own, plain ``def`` steps in a worker thread: a kill reaches it and nothing else. What
+  can't wait can't be reached: an ``async def`` without any ``await`` and a plain ``def`` on the loop are just called.
 - What is wanted of it (a pause, a kill) is a register (`prunus.processes.control`), looked at between two steps.
 - `step` returns what has changed, and nothing changes in between: a snapshot taken after it is a checkpoint.
 - Everything but the plain ``def`` steps happens on one event loop.
@@ -27,7 +28,9 @@ import asyncio
 import inspect
 import logging
 import random
+import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +45,7 @@ from typing import (
 )
 
 import msgspec
+from msgspec.structs import replace as changed
 
 from prunus.errors import (
     Failure,
@@ -50,17 +54,20 @@ from prunus.errors import (
     InvalidStepError,
     PrunusError,
     SpecError,
+    StepBlockedError,
 )
-from prunus.processes import commands, control, loading, stack, states, waits
-from prunus.processes.attempts import Attempt, Outcome
+from prunus.processes import commands, control, stack, waits
+from prunus.processes.attempts import Attempt, Outcome, at_once
 from prunus.processes.commands import Command, Continue, Stop, Wait
 from prunus.processes.control import CALM, KillLevel, Register, merge
-from prunus.processes.fanout import MAX_LISTED_ITEMS, FanOut
+from prunus.processes.fanout import FanOut, children_of
 from prunus.processes.listeners import Line, ProcessListener
+from prunus.processes.options import OnException, ParentClose
 from prunus.processes.result import ProcessResult
 from prunus.processes.schemas import Arguments, fields_of
 from prunus.processes.spec import ExitCode, ProcessSpec
 from prunus.processes.states import (
+    TERMINAL,
     Created,
     Event,
     Excepted,
@@ -76,7 +83,7 @@ from prunus.processes.states import (
     enter,
     turn,
 )
-from prunus.processes.steps import DidNotHappen, Happened, StepOptions, StepTable
+from prunus.processes.steps import DidNotHappen, Happened, StepOptions, StepTable, can_wait
 from prunus.processes.waits import (
     AllOf,
     Answer,
@@ -98,18 +105,17 @@ MAX_UNTOLD_LINES = 10_000
 
 OWN_STEPS = ("run", "_end", "_finish")
 """Of the methods of ours only these are steps."""
+LAST_STEP = "on_kill"
+"""The step that a class may have for the end of a process that is killed."""
 
 T = TypeVar("T")
-ParentClose = Literal["kill", "abandon", "wait"]
-OnException = Literal["fail", "pause"]
-
 StepCall = tuple[StepOptions, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]
 """A step, what is called for it, and with which arguments."""
 
 _log = logging.getLogger(__name__)
 
 
-class Transition(msgspec.Struct, frozen=True):
+class Transition(msgspec.Struct, frozen=True, gc=False):
     """One change of one of the two state machines, or a note for the history."""
 
     kind: Literal["state", "play", "note"]
@@ -155,6 +161,9 @@ class Effects:
     lines: tuple[Line, ...] = ()
 
 
+NO_EFFECTS = Effects()
+
+
 class Driver(Protocol):
     """What a process needs of whoever drives it."""
 
@@ -182,6 +191,10 @@ class Driver(Protocol):
         """The results of processes that have ended."""
         ...
 
+    def load_class(self, identifier: str) -> type[Process]:
+        """The process class of this name, from a module that may be imported here (`ProcessClassNotFoundError`)."""
+        ...
+
 
 class Machine:
     """See the module."""
@@ -189,6 +202,7 @@ class Machine:
     # What `Process` gives it.
     run_sync_steps_in: ClassVar[Literal["thread", "loop"]]
     on_exception: ClassVar[OnException]
+    on_kill: Any
     listeners: ClassVar[tuple[ProcessListener, ...]]
     pid: str
     _spec: ClassVar[ProcessSpec]
@@ -204,38 +218,52 @@ class Machine:
         @classmethod
         def spec(cls) -> ProcessSpec: ...
 
+        def _make_child(
+            self, process_class: type[Process], inputs: Any, pid: str | None, options: Mapping[str, Any]
+        ) -> Process: ...
+
+    # What each step looks at stands in the object; see `_begin_idle`.
+    driver: Driver | None
+    revision: int
+    """Rises with every change that belongs into a checkpoint."""
+    _register: Register
+    _play: PlayState
+    _step_number: int
+    _attempt: Attempt | None
+    _attempts: int
+    """So many were begun by this object."""
+    _done: Mapping[str, Any]
+    """What `do` has done in this step."""
+    _deferred: tuple[tuple[control.Message, Any], ...]
+    """Messages that wait for the end of the step."""
+    _listening: tuple[ProcessListener, ...]
+    _memo: Any
+    """What a subclass of `Process` keeps, and a step writes to a copy of."""
+    _effects: Effects
+    _lines: deque[Line] | None
+    _weakly: weakref.ref[Machine]
+    """Itself, for the process stack."""
+
     # What most processes never change costs them nothing.
-    driver: Driver | None = None
     parent_close: ParentClose = "kill"
     """What becomes of it when its parent ends; see `submit`."""
-    progress: float | None = None
-    """What the running step says of itself, from 0 to 1."""
-    detail: str | None = None
-    revision: int = 0
-    """Rises with every change that belongs into a checkpoint."""
     _on_exception: OnException | None = None
-    _register: Register = CALM
-    _play: PlayState = PlayState.PLAYING
     _status: str | None = None
-    _step_number = 0
-    _attempt: Attempt | None = None
-    _attempts = 0
     _may_begin = False
     """Of a step with ``effect="once"``: this very object has written down that it begins."""
-    _done: Mapping[str, Any] = {}
-    """What `do` has done in this step."""
     _mapped: Mapping[str, type[Process]] = {}
     """The classes of its fan-outs, as long as it lives: a script's classes can't be found by their names."""
     _awaits_at_end: tuple[str, ...] = ()
     """Children with ``parent_close="wait"``."""
-    _deferred: tuple[tuple[control.Message, Any], ...] = ()
-    """Messages that wait for the end of the step."""
-    _listening: tuple[ProcessListener, ...] = ()
-    _children: tuple[Process, ...] = ()
-    _tells: tuple[tuple[control.Message, tuple[ParentClose, ...]], ...] = ()
-    _used_mail: tuple[int, ...] = ()
-    _replies: tuple[Reply, ...] = ()
-    _lines: deque[Line] | None = None
+
+    def _begin_idle(self) -> None:
+        """Nobody drives it, nobody wants anything of it, and no step runs."""
+        self.driver = self._attempt = self._memo = self._lines = None
+        self.revision = self._step_number = self._attempts = 0
+        self._register, self._play = CALM, _PLAYING
+        self._deferred, self._listening = (), self.listeners
+        self._done, self._effects = _NOTHING, NO_EFFECTS
+        self._weakly = weakref.ref(self)
 
     @classmethod
     def read_arguments(cls, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,11 +272,14 @@ class Machine:
         Raises `InvalidInputError` for arguments that do not fit and for a name that the class does not have.
         """
         cls.spec()
-        methods = {**cls._table.queries, **cls._table.updates}
-        if name not in methods:
-            known = ", ".join(sorted(methods)) or "none"
+        table = cls._table
+        if name not in table.queries and name not in table.updates:
+            known = ", ".join(sorted({*table.queries, *table.updates})) or "none"
             raise InvalidInputError(cls.__qualname__, {name: f"there is no such query or update; there are: {known}"})
-        return Arguments(getattr(cls, methods[name])).read(args, kwargs)
+        arguments = table.arguments.get(name)
+        if arguments is None:
+            arguments = table.arguments[name] = Arguments(getattr(cls, table.queries.get(name) or table.updates[name]))
+        return arguments.read(args, kwargs)
 
     # --- what can be asked --------------------------------------------------------------------------
 
@@ -316,21 +347,22 @@ class Machine:
         return isinstance(self._state, Waiting) and self._state.suspended
 
     @property
-    def can_step(self) -> bool:
-        """Whether `step` may be called."""
-        return (
-            self._attempt is None
-            and self._play is PlayState.PLAYING
-            and (type(self._state) is Running or type(self._state) is Created)
-        )
+    def progress(self) -> float | None:
+        """What the running step says of itself, from 0 to 1."""
+        return None if self._attempt is None else self._attempt.progress
 
     @property
-    def is_stepping(self) -> bool:
-        """Whether a step runs at this moment."""
-        return self._attempt is not None
+    def detail(self) -> str | None:
+        """What the running step says of its progress in words."""
+        return None if self._attempt is None else self._attempt.detail
+
+    @property
+    def can_step(self) -> bool:
+        """Whether `step` may be called."""
+        return self._attempt is None and self._play is _PLAYING and type(self._state) in _STEPPED
 
     def has_terminated(self) -> bool:
-        return self._state.kind in states.TERMINAL
+        return self._state.kind in TERMINAL
 
     # --- listeners, and hooks that a subclass may override; what they raise is logged -------------------
 
@@ -359,32 +391,56 @@ class Machine:
         Raises `InvalidStateError` if it is paused, waiting, terminal or in a step. If the caller is cancelled, the
         step is cancelled, `CancelledError` goes on, and the process is as it was before the step.
         """
-        state = self._state
-        if self._attempt is not None or self._play is not PlayState.PLAYING or type(state) not in (Running, Created):
+        changes = self.begin_step()
+        return await self.end_step() if changes is None else changes
+
+    def begin_step(self) -> tuple[Transition, ...] | None:
+        """`step` without the wait: None if the step has not ended yet, and `end_step` is to be awaited."""
+        state, register = self._state, self._register
+        if self._attempt is not None or self._play is not _PLAYING or type(state) not in _STEPPED:
             raise InvalidStateError(
                 self._play.value if isinstance(state, (Created, Running)) else state.kind.value,
                 "playing and ready for its next step",
             )
-        if self._register.kill is not KillLevel.NONE:  # of a step that was cancelled, or lost, before it took effect
-            return self._killed(None)
-        if type(state) is Created:
-            return self._enter(Event.START, Running(state.step, state.args, state.kwargs), None)
-        assert type(state) is Running  # (mypy does not see it)
+        if register is not CALM and register.kill is not KillLevel.NONE and not self._is_leaving:
+            return self._take_leave(None)  # of a step that was cancelled, or lost, before it took effect
+        if type(state) is not Running:
+            assert type(state) is Created
+            return self._enter(_START, Running(state.step, state.args, state.kwargs), None)
         self._attempts += 1
         attempt = self._attempt = self._new_attempt(self._attempts)
+        call = self._next_call(attempt, state)
+        if call is None or call[0].effect != "repeatable":
+            return None
+        attempt.step, attempt.begun_in = call[0].name, state
+        outcome = attempt.begin(*call)
+        return None if outcome is None else self._take_outcome(attempt, state, outcome)
+
+    async def end_step(self) -> tuple[Transition, ...]:
+        """The rest of a step that `begin_step` has begun."""
+        attempt = self._attempt
+        assert attempt is not None
+        state = attempt.begun_in or self._state
+        assert type(state) is Running
         try:
-            outcome = self._begin_attempt(attempt, state) or await self._run_attempt(attempt, state)
+            if attempt.begun_in is not None:
+                outcome: Outcome | _NotYet = await attempt.end()
+            else:
+                outcome = await self._run_attempt(attempt, state, self._next_call(attempt, state))
         except asyncio.CancelledError:
             self._attempt = None
             self._show_play(self._register.reason)
             raise
+        return self._take_outcome(attempt, state, outcome)
+
+    def _take_outcome(self, attempt: Attempt, state: Running, outcome: Outcome | _NotYet) -> tuple[Transition, ...]:
         self._attempt = None
         if attempt.is_killed:
-            changes = self._killed(attempt.step)
+            changes = self._take_leave(attempt.step)
         elif isinstance(outcome, _NotYet):
             changes = outcome.changes
         else:
-            changes = self._follow(attempt, outcome)
+            changes = self._follow(attempt, state, outcome)
         return (*changes, *self._receive_deferred()) if self._deferred else changes
 
     def receive(self, message: control.Message, token: Any = None) -> tuple[Transition, ...]:
@@ -395,7 +451,7 @@ class Machine:
         so is whatever is refused.
         """
         if self.has_terminated():
-            self._refuse(token, "not ended")
+            self._refuse(token, "alive")
             return ()
         before = self.revision
         match message:
@@ -435,7 +491,7 @@ class Machine:
         if not ready:
             return ()
         _, place, answer = min(ready, key=lambda item: item[:2])
-        self._used_mail += answer.used
+        self._want("used_mail", *answer.used)
         changes = self._go_on(state, place, answer)
         if self.driver is not None:
             self.driver.changed()
@@ -452,11 +508,16 @@ class Machine:
 
     def take_effects(self) -> Effects:
         """What belongs into the next checkpoint beside the snapshot; once."""
-        if not (self._children or self._lines or self._used_mail or self._tells or self._replies):
+        effects = self._effects
+        if effects is NO_EFFECTS and not self._lines:
             return NO_EFFECTS
-        effects = Effects(self._children, self._tells, self._used_mail, self._replies, self.take_lines())
-        self._children, self._tells, self._used_mail, self._replies = (), (), (), ()
-        return effects
+        self._effects = NO_EFFECTS
+        return replace(effects, lines=self.take_lines())
+
+    def _want(self, what: str, *more: Any) -> None:
+        """Something more that is to become true with the next checkpoint."""
+        if more:
+            self._effects = replace(self._effects, **{what: (*getattr(self._effects, what), *more)})
 
     def take_lines(self) -> tuple[Line, ...]:
         """The lines for its log that nobody has taken yet; once."""
@@ -472,7 +533,9 @@ class Machine:
             self._attempt.ask_loop(self.driver.said)
 
     def _add_line(self, line: Line) -> None:
-        untold: deque[Line] = self.__dict__.setdefault("_lines", deque(maxlen=MAX_UNTOLD_LINES))
+        if (untold := self._lines) is None:
+            with _first_line:
+                untold = self._lines = self._lines or deque(maxlen=MAX_UNTOLD_LINES)
         untold.append(line)
         if self._listening:
             self._tell_listeners("on_report", line)
@@ -480,11 +543,12 @@ class Machine:
     # --- one attempt at one step ------------------------------------------------------------------------
 
     def _new_attempt(self, number: int) -> Attempt:
-        return Attempt(self, number, self._outputs.copy())
+        return Attempt(self, number, self._outputs.copy(), None if self._memo is None else self._memo.copy())
 
     def _commit(self, attempt: Attempt) -> None:
         """Make what the step has written the state of the process."""
         self._outputs = attempt.outputs
+        self._memo = attempt.memo
         if attempt.children:
             if self._register.cascade:
                 for child in attempt.children:
@@ -492,44 +556,37 @@ class Machine:
             waited_for = tuple(child.pid for child in attempt.children if child.parent_close == "wait")
             if waited_for:
                 self._awaits_at_end += waited_for
-            self._children = (*self._children, *attempt.children)
+            self._want("children", *attempt.children)
 
     def _written(self, attempt: Attempt) -> dict[str, Any]:
         """What an attempt has written that goes into a checkpoint."""
         return {"outputs": attempt.outputs}
 
-    def _begin_attempt(self, attempt: Attempt, state: Running) -> Outcome | None:
-        """Begin the step that is next, if nothing is to be done before; its outcome, if it has ended already."""
-        call = self._next_call(attempt, state)
-        if call is None or call[0].effect == "once":
-            return None
-        options, function, args, kwargs = call
-        attempt.step = options.name
-        return attempt.begin(function, args, kwargs, options)
-
-    async def _run_attempt(self, attempt: Attempt, state: Running) -> Outcome | _NotYet:
-        """Run the step that is next, or go on with it, with all that belongs around it."""
-        if attempt.task is not None:
-            return await attempt.end()
-        call = self._next_call(attempt, state)
+    async def _run_attempt(self, attempt: Attempt, state: Running, call: StepCall | None) -> Outcome | _NotYet:
+        """Run the step that is next, with all that belongs around it."""
         if call is None:
             if (not_yet := await self._find_place(attempt)) is not None:
                 return not_yet
             call = self._next_call(attempt, state)
             assert call is not None
-        options, function, args, kwargs = call
+        options = call[0]
         attempt.step = options.name
         if options.effect == "once" and not self._may_begin:
             outcome = await self._begin_once(attempt, state, options)
             if outcome is not None:
                 return outcome
         self._may_begin = False
-        return await attempt.run(function, args, kwargs, options)
+        return await attempt.run(*call)
 
     def _next_call(self, attempt: Attempt, state: Running) -> StepCall | None:
         """The step that is next; None if user code decides which one that is (`_find_place`)."""
         options = self._find_step(state.step)
-        return options, getattr(self, options.method), state.args, state.kwargs
+        if options.timeout_s is None and self._is_leaving:
+            options = replace(options, timeout_s=self._register.grace_s)
+        step = getattr(self, options.method)
+        if options.is_inline and options.is_async:
+            return options, at_once, (step, *state.args), state.kwargs
+        return options, step, state.args, state.kwargs
 
     async def _find_place(self, attempt: Attempt) -> Outcome | _NotYet | None:
         """Run that code. None: the step may run now."""
@@ -540,14 +597,14 @@ class Machine:
         if not state.effect:
             # The intent first, and durable: whoever finds it there later can't take the step for one that never ran.
             self._commit(attempt)
-            self._state = replace(state, effect="begun")
+            self._state = changed(state, effect="begun")
             self._may_begin = True
             self.revision += 1
             return _NotYet((Transition("state", "running", "running", None, f"{options.name} is about to begin"),))
         why = "has no `reconcile` to find out"
         if options.reconcile is not None:
             look = StepOptions(options.reconcile, options.reconcile, thread=options.thread)
-            value, error = await attempt.run(getattr(self, options.reconcile), (self.idempotency_key,), {}, look)
+            value, error = await attempt.run(look, getattr(self, options.reconcile), (self.idempotency_key,), {})
             if attempt.is_killed:
                 return value, error
             match value:
@@ -558,10 +615,13 @@ class Machine:
                     return None
                 case None if error is None:
                     why = f"`{options.reconcile}` can't tell"
+                case _ if isinstance(error, StepBlockedError):  # it will be asked again
+                    self._attempt = None
+                    return _NotYet(self._blocked(options.name, error))
                 case _:
                     told = f"raised {error!r}" if error is not None else f"returned {value!r}, no verdict"
                     why = f"`{options.reconcile}` {told}"
-        self._state = replace(state, effect="unknown")
+        self._state = changed(state, effect="unknown")
         reason = (
             f"the step {options.name} began and nobody saw it end; whether it took effect is unknown ({why}): "
             "look, and then play to run it again, or settle it with what it returned"
@@ -600,7 +660,8 @@ class Machine:
                 )
             is_async = inspect.iscoroutinefunction(function)
             thread = self.run_sync_steps_in == "thread" if options.thread is None else options.thread
-            options = replace(options, is_inline=not thread and not is_async, is_async=is_async)
+            is_inline = not can_wait(function) if is_async else not thread
+            options = replace(options, is_inline=is_inline, is_async=is_async)
             self._options[name] = options
         return options
 
@@ -618,14 +679,13 @@ class Machine:
             coroutine.close()
             raise RuntimeError("this would block the event loop that is to do it: in an `async def` write `await`")
         future = asyncio.run_coroutine_threadsafe(coroutine, attempt.loop)
-        calls: set[Any] = attempt.__dict__.setdefault("calls", set())
-        calls.add(future)
+        attempt.calls.append(future)
         if attempt.is_over:  # since we looked
             future.cancel()
         try:
             return future.result()
         finally:
-            calls.discard(future)
+            attempt.calls.remove(future)
 
     # --- messages ---------------------------------------------------------------------------------------
 
@@ -634,8 +694,10 @@ class Machine:
         match wish:
             case control.Kill():
                 self.revision += 1
+                if self._is_leaving and not wish.force:
+                    return ()
                 if self._attempt is None:
-                    return self._killed(None)
+                    return self._take_leave(None)
                 self._attempt.kill(self._register)
                 return ()
             case control.Pause():
@@ -643,25 +705,47 @@ class Machine:
             case control.Play():
                 reason = None
                 if type(self._state) is Running and self._state.effect == "unknown":
-                    self._state = replace(self._state, effect="")
+                    self._state = changed(self._state, effect="")
             case control.PauseAt():
                 if self.can_step and type(self._state) is Running:
                     self._look_for_breakpoint()
                 reason = self._register.reason
         cascades = not isinstance(wish, control.PauseAt) and wish.cascade
         if cascades:
-            self._tells = (*self._tells, (wish, ("kill", "abandon", "wait")))
+            self._want("tells", (wish, ("kill", "abandon", "wait")))
         if replace(self._register, seq=0) != replace(before, seq=0):
             self.revision += 1
         elif not cascades:
             self._register = before  # it is what was wanted already
         return self._show_play(reason)
 
+    @property
+    def _is_leaving(self) -> bool:
+        """Whether it is killed, and at its last step."""
+        if self._register.kill is KillLevel.NONE:
+            return False
+        match self._state:
+            case Running(step):
+                return step == LAST_STEP
+            case Waiting((first, *_)):
+                return first.step == LAST_STEP
+            case _:
+                return False
+
+    def _take_leave(self, step: str | None) -> tuple[Transition, ...]:
+        """It is to be killed: at once, or after the last step that its class has for that."""
+        is_new = isinstance(self._state, Created)
+        if self.on_kill is None or is_new or self._is_leaving or self._register.kill is KillLevel.FORCE:
+            return self._killed(step)
+        event = Event.RESUME if isinstance(self._state, Waiting) else Event.CONTINUE
+        note = "it is killed" + (f": {self._register.message}" if self._register.message else "")
+        return self._enter(event, Running(LAST_STEP, (self._register.message,)), step, note)
+
     def _killed(self, step: str | None) -> tuple[Transition, ...]:
         message = self._register.message
         why = f"its parent {self.pid} was killed"
         force = self._register.kill is KillLevel.FORCE
-        self._tells = (*self._tells, (control.Kill(why, force=force, grace_s=self._register.grace_s), ("kill",)))
+        self._want("tells", (control.Kill(why, force=force, grace_s=self._register.grace_s), ("kill",)))
         return self._enter(Event.KILL, Killed(message), step, message)
 
     def _is_pending(self) -> bool:
@@ -704,7 +788,7 @@ class Machine:
 
     def _reply(self, token: Any, value: Any = None, failure: Failure | None = None) -> None:
         if token is not None:
-            self._replies = (*self._replies, Reply(token, value, failure))
+            self._want("replies", Reply(token, value, failure))
 
     def _refuse(self, token: Any, needed: str) -> None:
         self._reply(token, failure=Failure.of(InvalidStateError(self.state.value, needed)))
@@ -754,24 +838,26 @@ class Machine:
         self._settle_place(attempt)
         note = Transition("note", "settled", "", attempt.step, "somebody says what the step has returned")
         self._register = merge(self._register, control.Play())
-        return (note, *self._follow(attempt, (value, None)), *self._show_play(None))
+        return (note, *self._follow(attempt, state, (value, None)), *self._show_play(None))
 
     def _settle_place(self, attempt: Attempt) -> None:
         """The step is taken for done."""
 
     # --- from one state to the next ---------------------------------------------------------------------
 
-    def _follow(self, attempt: Attempt, outcome: Outcome) -> tuple[Transition, ...]:
+    def _follow(self, attempt: Attempt, state: Running, outcome: Outcome) -> tuple[Transition, ...]:
         """Go where the step's outcome leads."""
-        state = self._state
-        assert type(state) is Running
         value, error = outcome
+        if self._is_leaving and error is None:
+            attempt.children.clear()
+            self._commit(attempt)
+            return self._killed(attempt.step)
         if error is None:
             try:
                 command = self._command(attempt, value, state)
                 if type(command) is Running:
                     self._commit(attempt)
-                    return self._enter(Event.CONTINUE, command, attempt.step)
+                    return self._enter(_CONTINUE, command, attempt.step)
                 if type(command) is tuple:
                     return self._wait(attempt, state, command)
                 if isinstance(command, Stop):
@@ -788,7 +874,7 @@ class Machine:
                 return self._enter(Event.CONTINUE, Running(step, args, kwargs, pending=state.pending), attempt.step)
             case commands.Kill(message):
                 self._register = merge(self._register, control.Kill(message))
-                return self._killed(attempt.step)
+                return self._take_leave(attempt.step)
             case _:
                 raise AssertionError(command)
 
@@ -816,11 +902,14 @@ class Machine:
             raise InvalidStepError(
                 type(self).__qualname__, step, f"returned {value!r}; only waits can stand beside one another, in a list"
             )
+        self._refuse_awaitable(step, value)
+        return Stop(value)
+
+    def _refuse_awaitable(self, step: str, value: Any) -> None:
         if inspect.isawaitable(value):
             if inspect.iscoroutine(value):
                 value.close()
             raise InvalidStepError(type(self).__qualname__, step, f"returned {value!r}; was an `await` forgotten?")
-        return Stop(value)
 
     def _wait(self, attempt: Attempt, state: Running, several: tuple[Wait, ...]) -> tuple[Transition, ...]:
         pending = []
@@ -833,8 +922,8 @@ class Machine:
                 empty = Answer([] if condition.names is None else {})
                 running = self._after(Pending(condition, wait.callback), empty, ())
                 return self._enter(Event.CONTINUE, running, attempt.step)
-            for name in () if condition is None else wakes_of((condition,), 0.0).names:
-                self._spec.check_message(name)
+            for each in () if condition is None else waits.messages_of(condition):
+                self._spec.check_message(each.name, each.schema)
             if condition is not None and (repeated := waits.repeated_message(condition)) is not None:
                 raise InvalidStepError(
                     self._spec.name,
@@ -869,17 +958,22 @@ class Machine:
                 Waiting((Pending(on, "_finish", args, message="waits for its children before it ends"),)),
                 attempt.step,
             )
-        return self._enter(Event.STOP, Finished(stop.result, status, message), attempt.step, message)
+        return self._enter(_FINISH, Finished(stop.result, status, message), attempt.step, message)
 
     def _failed(self, attempt: Attempt, state: Running, error: BaseException) -> tuple[Transition, ...]:
         """The step has raised."""
-        failure = Failure.of(error)
         step, options = attempt.step or state.step, attempt.options
+        if isinstance(error, StepBlockedError) and not self._is_leaving:
+            if state.effect == "begun" and (options is None or options.reconcile is None):
+                self._state = changed(state, effect="unknown")  # nobody can be asked: whoever plays it decides
+            return self._blocked(step, error)
+        failure = Failure.of(error)
         policy = None if options is None else options.retry
         self._add_line(Line(time.time(), "ERROR", failure.traceback or str(failure), step))
         if policy is not None and policy.wants(error, state.attempt):
             delay_s = policy.delay_s(state.attempt, random.random())
-            note = f"attempt {state.attempt} of {policy.max_attempts} failed ({failure}); again in {delay_s:.3g} s"
+            pause = f"{delay_s:.3g}" if delay_s < 100 else f"{delay_s:.0f}"
+            note = f"attempt {state.attempt} of {policy.max_attempts} failed ({failure}); again in {pause} s"
             again = Pending(
                 waits.sleep(delay_s),
                 state.step,
@@ -890,8 +984,10 @@ class Machine:
                 effect=state.effect,
             )
             return self._enter(Event.WAIT, Waiting((again, *state.pending)), step, note)
+        if self._is_leaving:
+            return (Transition("note", "failed", "", step, str(failure)), *self._killed(step))
         if (self._on_exception or self.on_exception) == "pause":
-            self._state = replace(state, attempt=1)
+            self._state = changed(state, attempt=1)
             note = f"the step {step} failed: {failure}"
             self._register = merge(self._register, control.Pause(note))
             self.revision += 1
@@ -900,6 +996,14 @@ class Machine:
         self._commit(attempt)
         note = str(failure) if state.attempt == 1 else f"attempt {state.attempt} failed as well: {failure}"
         return self._enter(Event.FAIL, Excepted(failure), step, note)
+
+    def _blocked(self, step: str, error: StepBlockedError) -> tuple[Transition, ...]:
+        """The step can't go on for now: pause before it. It is no failure, so its attempts are not counted."""
+        note = f"the step {step} is blocked: {error}"
+        self._add_line(Line(time.time(), "WARNING", note, step))
+        self._register = merge(self._register, control.Pause(note))
+        self.revision += 1
+        return (Transition("note", "blocked", "", step, str(error)), *self._show_play(note))
 
     def _go_on(self, state: Waiting, place: int, answer: Answer | None) -> tuple[Transition, ...]:
         """One of its waits is over. `answer` is None if it has no value."""
@@ -940,7 +1044,7 @@ class Machine:
                     raise mail.value
                 good.append(mail._replace(value=self._spec.read_message(mail.name, mail.value)))
             except PrunusError as error:
-                self._used_mail = (*self._used_mail, mail.seq)
+                self._want("used_mail", mail.seq)
                 self.revision += 1
                 self._add_line(Line(time.time(), "WARNING", f"a message was dropped: {error}"))
         return replace(outcomes, mail=good)
@@ -962,87 +1066,50 @@ class Machine:
                     return self._enter(Event.FAIL, Excepted(Failure.of(error)), None, str(error))
             fan, numbers = fan.without(ended).more()
             try:
-                self._children = (*self._children, *self._children_of(fan, numbers))
+                self._want("children", *children_of(self, fan, numbers))
             except Exception as error:  # the user's method that gives the items
                 return self._enter(Event.FAIL, Excepted(Failure.of(error)), None, str(error))
-            pending[place] = replace(item, on=replace(item.on, fan=fan))
+            pending[place] = changed(item, on=replace(item.on, fan=fan))
             self.revision += 1
         evolved = Waiting(tuple(pending))
         self._state = evolved
         return evolved
 
-    def _read_source(self, items: Any, count: int | None) -> tuple[tuple[Any, ...], int]:
-        if isinstance(items, range):
-            return ("range", items.start, items.step), len(items)
-        if isinstance(items, (list, tuple)):
-            if len(items) > MAX_LISTED_ITEMS:
-                raise ValueError(
-                    f"map over a list of {len(items)} items: more than {MAX_LISTED_ITEMS} do not belong into a "
-                    "checkpoint; give a method that returns one by its number, and count="
-                )
-            return ("items", list(items)), len(items)
-        name = getattr(items, "__name__", None)
-        if not callable(items) or not isinstance(name, str) or not callable(getattr(self, name, None)):
-            raise TypeError(f"map over {items!r}: give a list, a range, or a method of {type(self).__qualname__}")
-        if count is None:
-            raise TypeError(f"map over the method {name}: say count=, how many items there are")
-        return ("method", name), count
-
     def _children_in(self, attempt: Attempt, fan: FanOut, numbers: range) -> list[Process]:
         """The method that gives the items sees what the step has written."""
         self._attempt = attempt
         try:
-            return self._children_of(fan, numbers)
+            return children_of(self, fan, numbers)
         finally:
             self._attempt = None
-
-    def _children_of(self, fan: FanOut, numbers: range) -> list[Process]:
-        if not numbers:
-            return []
-        process_class = self._mapped.get(fan.class_id) or loading.load_class(fan.class_id)
-        only_port = next(iter(process_class.spec().inputs.ports), None)
-        children = []
-        for number in numbers:
-            match fan.source:
-                case ("range", start, step):
-                    inputs: Any = {only_port: start + number * step}
-                case ("items", listed):
-                    inputs = listed[number]
-                case ("method", name):
-                    inputs = getattr(self, name)(number)
-                case _:
-                    raise ValueError(f"no source of items: {fan.source!r}")
-            children.append(process_class(inputs, pid=fan.pid(number), parent=self.pid))
-        return children
 
     def _enter(
         self, event: Event, target: Any, step: str | None, note: str | None = None, *, again: bool = False
     ) -> tuple[Transition, ...]:
         """The one place where the state changes."""
-        source = self._state
-        self._state = enter(source, event, target)
+        source, register = self._state.kind, self._register
+        kind = enter(source, event, target.kind)
+        self._state = target
         self.revision += 1
         if self._done and not (again or type(target) is Excepted or (type(target) is Waiting and target.is_retry)):
-            self._done = {}  # the step has ended
+            self._done = _NOTHING  # the step has ended
         if type(target) is Running:
             if not again:
                 self._step_number += 1
-            if self._register.pause_at is not None:
+            if register.pause_at is not None:
                 self._look_for_breakpoint()
-        if self.progress is not None or self.detail is not None:
-            self.progress = self.detail = None
-        change = Transition("state", source.kind, target.kind, step, note)
+        change = Transition("state", source, kind, step, note)
         if self._listening:
             self._tell_listeners("on_transition", change)
-        if target.kind in states.TERMINAL:
+        if kind in TERMINAL:
             self._end_well()
-        if self._register is not CALM:
+        if register is not CALM:
             return (change, *self._show_play(self._register.reason))
         return (change,)
 
     def _end_well(self) -> None:
         for _, token in self._deferred:
-            self._refuse(token, "not ended")
+            self._refuse(token, "alive")
         self._deferred = ()
         self._hook(self.on_terminated)
 
@@ -1106,6 +1173,10 @@ class _NotYet:
     changes: tuple[Transition, ...]
 
 
+# What each step needs. (To look up the member of an enum costs as much as a call.)
+_PLAYING, _START, _CONTINUE, _FINISH = PlayState.PLAYING, Event.START, Event.CONTINUE, Event.STOP
+_STEPPED = frozenset({Created, Running})
+_first_line = threading.Lock()
+_NOTHING: Mapping[str, Any] = {}
 _STOP = Stop()
 _COMMANDS = (Continue, Wait, Stop, commands.Kill)
-NO_EFFECTS = Effects()

@@ -70,14 +70,19 @@ class AttributeDict(dict[str, Any]):
 
     __slots__ = ()
 
+    def __getattribute__(self, name: str) -> Any:  # (`__getattr__` alone is slow: an error is made before it is asked)
+        if name not in _OWN:
+            try:
+                return self[name]
+            except KeyError:
+                pass
+        return _own(self, name)
+
     def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"there is no {name!r} here; there are: {', '.join(self) or 'none'}") from None
+        raise AttributeError(f"there is no {name!r} here; there are: {', '.join(self) or 'none'}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(dict, name):
+        if name in _OWN:
             raise AttributeError(f"{name!r} is a method here; use another name, or [{name!r}]")
         self[name] = value
 
@@ -91,7 +96,12 @@ class AttributeDict(dict[str, Any]):
         return [*super().__dir__(), *self]
 
     def copy(self) -> AttributeDict:
-        return AttributeDict(self)
+        return AttributeDict(_copy(self))
+
+
+_OWN = frozenset(dir(AttributeDict))
+"""What is a method, or belongs to every object."""
+_own, _copy = object.__getattribute__, dict.copy
 
 
 def freeze(values: Mapping[str, Any], about: object) -> FrozenNamespace:

@@ -34,7 +34,7 @@ def advance(last: int, now_ms: int, randomness: int) -> int:
 def pid_from(number: int) -> str:
     """The number of `advance` as the text of a UUID, with version and variant in their places."""
     time_ms, high, low = number >> RANDOM_BITS, (number >> 62) & 0xFFF, number & ((1 << 62) - 1)
-    digits = f"{time_ms << 80 | 7 << 76 | high << 64 | 1 << 63 | low:032x}"
+    digits = (time_ms << 80 | 7 << 76 | high << 64 | 1 << 63 | low).to_bytes(16, "big").hex()
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 

@@ -294,7 +294,7 @@ class PortNamespace:
             if not self.required:
                 return MISSING
             value = {}
-        elif not isinstance(value, Mapping):
+        elif type(value) is not dict and not isinstance(value, Mapping):
             problems[path] = f"expected a mapping (a namespace of ports), got {show(value)}"
             return MISSING
         if not value and self._ready is not None:

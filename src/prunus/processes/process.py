@@ -6,11 +6,11 @@ How a process goes from one state to the next stands in `prunus.processes.machin
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -20,9 +20,12 @@ from typing import (
     ParamSpec,
     Self,
     TypeVar,
+    Unpack,
     assert_never,
     overload,
 )
+
+from msgspec.structs import replace as changed
 
 from prunus.errors import (
     InvalidInputError,
@@ -33,17 +36,28 @@ from prunus.errors import (
 from prunus.processes import commands, control, loading, stack, states
 from prunus.processes.commands import Wait
 from prunus.processes.control import CALM, Register
-from prunus.processes.fanout import DEFAULT_IN_FLIGHT, FanOut
+from prunus.processes.fanout import DEFAULT_IN_FLIGHT, FanOut, source_of
 from prunus.processes.generics import InputsT, OutputsT
 from prunus.processes.listeners import ProcessListener
-from prunus.processes.machine import (
-    Machine,
+from prunus.processes.machine import Machine
+from prunus.processes.options import (
+    DEFAULT_QUEUE,
+    MapOptions,
     OnException,
     ParentClose,
+    SubmitOptions,
+    read_class_options,
+    read_key,
+    read_map_options,
+    read_pid,
+    read_priority,
+    read_queue,
+    read_resources,
+    read_tags,
 )
 from prunus.processes.pids import new_pid
 from prunus.processes.result import ProcessResult
-from prunus.processes.spec import ExitCodes, ProcessSpec, build
+from prunus.processes.spec import ExitCodes, NoStepsError, ProcessSpec, build
 from prunus.processes.states import (
     Created,
     Excepted,
@@ -79,39 +93,56 @@ class Process(Machine, Generic[InputsT, OutputsT]):
     version: ClassVar[int] = 1
     """The version of the class, written into each checkpoint; see `migrate`."""
     run_sync_steps_in: ClassVar[Literal["thread", "loop"]] = "thread"
-    """Where plain ``def`` steps run. On the loop they are cheap, and block everybody else while they last."""
+    """Where plain ``def`` steps run. On the loop they are cheap, and block everybody else while they last.
+
+    An ``async def`` runs on the loop, in a task of its own; one without any ``await`` needs none, and has the current
+    task of who drives the process."""
     on_exception: ClassVar[OnException] = "fail"
     """When a step raises for good: ``"fail"`` ends the process as EXCEPTED (its last good checkpoint stays),
     ``"pause"`` parks it paused and intact, before that step. Can be given at launch too."""
     listeners: ClassVar[tuple[ProcessListener, ...]] = ()
     """They listen to every process of the class, wherever it runs."""
+    queue: ClassVar[str] = DEFAULT_QUEUE
+    """Workers that take this queue run it. Like the two below it may be said for a class, and otherwise for one
+    process when it is launched or submitted; see `prunus.processes.options`."""
+    priority: ClassVar[int] = 0
+    """0 to 9, 9 first. A child whose class says nothing has that of its parent."""
+    resources: ClassVar[Mapping[str, int]] = {}
+    """Tokens that it takes while a worker has it: ``{"licence": 1}``."""
+    key: str | None = None
+    """What its caller calls it; at most one process that is kept has this key."""
     spec_class: ClassVar[type[ProcessSpec]] = ProcessSpec
     if TYPE_CHECKING:  # any signature fits
 
         def run(self, *args: Any, **kwargs: Any) -> Any:
             """The first step."""
 
+        def on_kill(self, message: str | None) -> Any:
+            """The last step of a process that is killed, if the class has one: to end what it has begun elsewhere.
+
+            Runs when a kill has ended the running step, or woken the process from its wait; `message` is that of the
+            kill. It is a step like others: `@step` may give it a timeout (else it has the grace period of the kill) and
+            a `RetryPolicy`, and if its worker dies it runs again. Whatever becomes of it, the process is KILLED then. A
+            kill by force does without it, and so does one of a process that has not begun.
+            """
+
     else:
-        run = None
+        run = on_kill = None
 
     # --- the class ----------------------------------------------------------------------------------
 
     def __init_subclass__(cls, **options: Any) -> None:
         """A class that is defined wrongly is told so where it is defined (`SpecError`)."""
         super().__init_subclass__(**options)
-        if not cls._is_abstract():
-            try:
-                cls.spec()
-            except SpecError as error:
-                if not isinstance(error.__cause__, NameError):
-                    raise
-            except NameError:  # it names what comes later in its module: then at its first use
-                pass
-
-    @classmethod
-    def _is_abstract(cls) -> bool:
-        """Whether it is only a base for others."""
-        return cls.run is None
+        try:
+            cls.spec()
+        except NoStepsError:
+            pass
+        except SpecError as error:
+            if not isinstance(error.__cause__, NameError):
+                raise
+        except NameError:  # it names what comes later in its module: then at its first use
+            pass
 
     @classmethod
     def define(cls, spec: Any) -> None:
@@ -133,12 +164,18 @@ class Process(Machine, Generic[InputsT, OutputsT]):
             return cls.__dict__["_spec"]  # type: ignore[no-any-return]
         except KeyError:
             if cls.run is None:
-                raise SpecError(f"{cls.__qualname__} has no step to begin with; define `async def run(self)`") from None
+                told = f"{cls.__qualname__} has no step to begin with; define `async def run(self)`"
+                raise NoStepsError(told) from None
+            spec = build(cls)
             cls._refuse_reserved_names()
+            try:
+                read_class_options(cls)
+            except ValueError as error:
+                raise SpecError(f"{cls.__qualname__}: {error}") from error
             cls._table = read_steps(cls)
             cls._options = {}
-            cls._spec = build(cls)
-            return cls._spec
+            cls._spec = spec
+            return spec
 
     @classmethod
     def steps(cls) -> Mapping[str, StepOptions]:
@@ -191,24 +228,42 @@ class Process(Machine, Generic[InputsT, OutputsT]):
         tags: Iterable[str] = (),
         on_exception: OnException | None = None,
         parent_close: ParentClose = "kill",
+        queue: str | None = None,
+        priority: int | None = None,
+        resources: Mapping[str, int] | None = None,
+        key: str | None = None,
     ) -> None:
         """A new process, CREATED. `inputs` is a mapping or an instance of the class's `Inputs`.
 
-        Raises `InvalidInputError` that names every wrong input, and `SpecError` if the class is defined wrongly.
+        Raises `InvalidInputError` that names every wrong input, `ValueError` for a wrong option (see
+        `prunus.processes.options`), and `SpecError` if the class is defined wrongly.
         """
         spec = self.spec()
         values, shown = spec.fill_inputs(inputs)
-        self._set_up(pid or new_pid(), parent, tuple(tags), values, time.time())
+        if isinstance(tags, str):
+            read_tags(tags)
+        self._set_up(read_pid(pid) if pid else new_pid(), parent, tuple(tags), values, time.time())
         if shown is not None:
             self._inputs = shown
         if on_exception is not None:
             self._on_exception = _one_of("on_exception", on_exception, ("fail", "pause"))
         if parent_close != "kill":
             self.parent_close = _one_of("parent_close", parent_close, ("kill", "abandon", "wait"))
+        if queue is not None:
+            vars(self)["queue"] = read_queue(queue)
+        if priority is not None:
+            vars(self)["priority"] = read_priority(priority)
+        if resources is not None:
+            vars(self)["resources"] = read_resources(resources)
+        if key is not None:
+            if parent is not None:
+                raise ValueError("a child has no key: its parent waits for the very pid that it gave")
+            self.key = read_key(key)
 
     def _set_up(
         self, pid: str, parent: str | None, tags: tuple[str, ...], values: dict[str, Any], created_at: float
     ) -> None:
+        self._begin_idle()
         self.pid = pid
         self.parent = parent
         self.tags = tags
@@ -217,8 +272,6 @@ class Process(Machine, Generic[InputsT, OutputsT]):
         self._values = values
         self._outputs: dict[str, Any] = {}
         self._state: State = _CREATED
-        if self.listeners:
-            self._listening = tuple(self.listeners)
 
     def snapshot(self) -> dict[str, Any]:
         """The process as plain dictionaries and lists, with the user's own values in them.
@@ -245,6 +298,10 @@ class Process(Machine, Generic[InputsT, OutputsT]):
             facts["on_exception"] = self._on_exception
         if self.parent_close != "kill":
             facts["parent_close"] = self.parent_close
+        own = vars(self)
+        for name in _OWN_OPTIONS:
+            if name in own:
+                facts[name] = own[name]
         if self._done:
             facts["done"] = dict(self._done)
         if self._awaits_at_end:
@@ -303,6 +360,7 @@ class Process(Machine, Generic[InputsT, OutputsT]):
             self._on_exception = on_exception
         if (parent_close := snapshot.get("parent_close")) is not None:
             self.parent_close = parent_close
+        vars(self).update({name: snapshot[name] for name in _OWN_OPTIONS if name in snapshot})
         if (done := snapshot.get("done")) is not None:
             self._done = dict(done)
         if (awaited := snapshot.get("awaits_at_end")) is not None:
@@ -323,13 +381,13 @@ class Process(Machine, Generic[InputsT, OutputsT]):
             return name
 
         def still(pending: tuple[Pending, ...]) -> tuple[Pending, ...]:
-            return tuple(item if item.step is None else replace(item, step=current(item.step)) for item in pending)
+            return tuple(item if item.step is None else changed(item, step=current(item.step)) for item in pending)
 
         match state:
             case Created():
-                return replace(state, step=current(state.step))
+                return changed(state, step=current(state.step))
             case Running():
-                return replace(state, step=current(state.step), pending=still(state.pending))
+                return changed(state, step=current(state.step), pending=still(state.pending))
             case Waiting():
                 return Waiting(still(state.pending))
             case Finished() | Excepted() | Killed():
@@ -436,9 +494,9 @@ class Process(Machine, Generic[InputsT, OutputsT]):
         if attempt is None or self._is_stale():
             return
         attempt.beat()
-        if (progress, detail) == (None, None) or (progress, detail) == (self.progress, self.detail):
+        if (progress, detail) == (None, None) or (progress, detail) == (attempt.progress, attempt.detail):
             return
-        self.progress, self.detail = progress, detail
+        attempt.progress, attempt.detail = progress, detail
         if self._listening:
             self._tell_listeners("on_progress", progress, detail)
         if self.driver is not None:
@@ -448,28 +506,34 @@ class Process(Machine, Generic[InputsT, OutputsT]):
         self,
         process_class: type[Process[ChildInputsT, Any]],
         inputs: ChildInputsT | Mapping[str, Any] | None = None,
-        *,
-        pid: str | None = None,
-        tags: Iterable[str] = (),
-        parent_close: ParentClose = "kill",
-        on_exception: OnException | None = None,
+        **options: Unpack[SubmitOptions],
     ) -> Child:
         """Make a child process. It starts when this step has ended, and goes on by itself.
 
-        `parent_close` says what becomes of it when this process ends: ``"kill"``: it is killed when this one is
-        killed; ``"abandon"``: nothing; ``"wait"``: this one does not finish before it has ended. Its inputs are
-        checked here and now (`InvalidInputError`). The handle can be waited for.
+        The `options` are ``pid``, ``tags``, ``queue``, ``priority``, ``resources``, ``on_exception`` and
+        ``parent_close`` (`prunus.processes.options`). ``parent_close`` says what becomes of it when this process ends:
+        ``"kill"``: it is killed when this one is killed; ``"abandon"``: nothing; ``"wait"``: this one does not finish
+        before it has ended. Its inputs are checked here and now (`InvalidInputError`). The handle can be waited for.
         """
         if not (isinstance(process_class, type) and issubclass(process_class, Process)):
             raise TypeError(f"a child is made of a Process class and its inputs, not of {process_class!r}")
-        child = process_class(
-            inputs, pid=pid, parent=self.pid, tags=tags, parent_close=parent_close, on_exception=on_exception
-        )
+        child = self._make_child(process_class, inputs, options.pop("pid", None), options)
         attempt = self._mine()
         if attempt is None:
-            raise InvalidStateError(self.state.value, "in a step, to submit a child")
+            raise InvalidStateError(self.state.value, "in a step to submit a child")
         attempt.children.append(child)
         return Child(child.pid, child.class_id)
+
+    def _make_child(
+        self, process_class: type[Process], inputs: Any, pid: str | None, options: Mapping[str, Any]
+    ) -> Process:
+        if self.priority and options.get("priority") is None and not process_class._says_priority():
+            options = {**options, "priority": self.priority}
+        return process_class(inputs, pid=pid, parent=self.pid, **options)
+
+    @classmethod
+    def _says_priority(cls) -> bool:
+        return any("priority" in vars(base) for base in cls.__mro__ if base is not Process)
 
     def map(
         self,
@@ -485,6 +549,7 @@ class Process(Machine, Generic[InputsT, OutputsT]):
         then: commands.StepRef | None = None,
         name: str | None = None,
         msg: str | None = None,
+        **options: Unpack[MapOptions],
     ) -> Wait:
         """A wait for one child of `process_class` for each of `items`, at most `max_in_flight` at a time.
 
@@ -492,21 +557,23 @@ class Process(Machine, Generic[InputsT, OutputsT]):
         this class that is given a number from 0 to `count` - 1 and returns the inputs of that child; so a million of
         them need no memory. `then` gets the `MapResults`, in the order of the items (as the keyword argument `name`, if
         that is given; in a work chain ``ctx.<name>`` has it). A child that does not finish with
-        exit status 0 is a result like the others, or, with ``on_error="fail"``, the end of this process.
+        exit status 0 is a result like the others, or, with ``on_error="fail"``, the end of this process. The other
+        `options` are those of `submit`, for each child.
         """
         _one_of("on_error", on_error, ("collect", "fail"))
         if max_in_flight < 1:
             raise ValueError(f"map(max_in_flight={max_in_flight}): at least one child must run at a time")
-        source, number = self._read_source(items, count)
+        said = read_map_options(options)
+        source, number = source_of(self, items, count)
         if source[0] == "range" and not process_class.spec().inputs.ports:
             raise TypeError(f"map over a range: {process_class.__qualname__} has no input to give its numbers to")
         attempt = self._mine()
         if attempt is None:
-            raise InvalidStateError(self.state.value, "in a step, to map over items")
+            raise InvalidStateError(self.state.value, "in a step to map over items")
         prefix = f"{self.pid}.{self._step_number}" + (f"-{attempt.maps}" if attempt.maps else "")
         attempt.maps += 1
         self._mapped = {**self._mapped, loading.class_id(process_class): process_class}
-        fan = FanOut(loading.class_id(process_class), prefix, source, number, max_in_flight, on_error)
+        fan = FanOut(loading.class_id(process_class), prefix, source, number, max_in_flight, on_error, options=said)
         return Wait(then=then, on=OnMap(fan, name), msg=msg or f"maps {process_class.__name__} over {number} items")
 
     def as_completed(self, children: Iterable[Waitable], step: commands.StepRef) -> list[Wait]:
@@ -526,7 +593,7 @@ class Process(Machine, Generic[InputsT, OutputsT]):
         stored, and it runs again if this step does. It is killed if this step is. Raises as `execute` does.
         """
         if self._mine() is None:
-            raise InvalidStateError(self.state.value, "in a step, to call a process")
+            raise InvalidStateError(self.state.value, "in a step to call a process")
         return Call(self, process_class(inputs, parent=self.pid, tags=tags))
 
     @overload
@@ -543,7 +610,7 @@ class Process(Machine, Generic[InputsT, OutputsT]):
         """
         attempt = self._mine()
         if attempt is None:
-            raise InvalidStateError(self.state.value, "in a step, to do something once")
+            raise InvalidStateError(self.state.value, "in a step to do something once")
         attempt.doing = defaultdict(asyncio.Lock) if attempt.doing is None else attempt.doing
         async with attempt.doing[name]:
             if name in self._done:
@@ -579,17 +646,17 @@ class Process(Machine, Generic[InputsT, OutputsT]):
         """
         value = self._spec.read_message(name, value)
         if self.driver is None:
-            raise InvalidStateError(self.state.value, "running here, to get a message; use `ProcessHandle.send`")
+            raise InvalidStateError(self.state.value, "running here to get a message; use `ProcessHandle.send`")
         self.driver.deliver(name, value)
 
     def fork(self, pid: str | None, changed_context: Mapping[str, Any]) -> Self:
         """A new process that goes on from here, with a changed context; nothing is wanted of it yet."""
         snapshot = {**self.snapshot(), "pid": pid or new_pid(), "created_at": time.time(), "parent": None}
-        for name in ("control", "done", "status", "awaits_at_end"):
+        for name in ("control", "done", "status", "awaits_at_end", "key"):  # (a key is one process's)
             snapshot.pop(name, None)
         forked = self.restore(snapshot)
         if isinstance(forked._state, Running):  # a step of its own, which has not begun yet
-            forked._state = replace(forked._state, effect="")
+            forked._state = changed(forked._state, effect="")
         if changed_context:
             forked._edit_context(changed_context)
         return forked
@@ -633,17 +700,21 @@ class _ProcessLogger(logging.LoggerAdapter[logging.Logger]):
 
 
 _CREATED = Created("run")
+_OWN_OPTIONS = ("queue", "priority", "resources", "key")
+"""What a process may have of its own instead of its class's."""
 
 OVERRIDABLE = frozenset(
-    {"define", "listeners", "migrate", "on_exception", "on_paused", "on_playing", "on_terminated", "restore", "run"}
-    | {"run_sync_steps_in", "snapshot", "spec_class", "version", "_spec", "_table", "_options"}
+    {"define", "listeners", "migrate", "on_exception", "on_kill", "on_paused", "on_playing", "on_terminated", "restore"}
+    | {"run", "run_sync_steps_in", "snapshot", "spec_class", "version", "_spec", "_table", "_options"}
+    | {"queue", "priority", "resources"}
 )
 """What a subclass may define anew."""
 
 
 def names_of(base: type[Machine]) -> frozenset[str]:
     """What `base` defines for itself, and no subclass may."""
-    return frozenset(name for name in vars(base) if not name.startswith("__")) - OVERRIDABLE
+    names = (*vars(base), *inspect.get_annotations(base))
+    return frozenset(name for name in names if not name.startswith("__")) - OVERRIDABLE
 
 
 Process._reserved = Machine._reserved = names_of(Machine) | names_of(Process)

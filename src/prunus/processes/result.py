@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic
 
 import msgspec
 
@@ -45,6 +45,8 @@ class ProcessResult(msgspec.Struct, Generic[OutputsT], frozen=True):
 
     def raise_for_state(self) -> ProcessResult[OutputsT]:
         """Itself if the process finished; raises `ProcessExceptedError` or `ProcessKilledError` otherwise."""
+        if self.state is _FINISHED:
+            return self
         if self.state is ProcessState.KILLED:
             raise ProcessKilledError(self.pid, self.exit_message)
         if self.state is ProcessState.EXCEPTED:
@@ -82,7 +84,10 @@ class ProcessResult(msgspec.Struct, Generic[OutputsT], frozen=True):
         return _told(self.pid, self.state, self.exit_status, self.exit_message, self.failure)
 
 
-class _About(NamedTuple):
+_FINISHED = ProcessState.FINISHED  # (each result is asked for it; see `machine`)
+
+
+class _About(msgspec.Struct, frozen=True):
     """How the error for an output that is missing begins; most results are never asked for one."""
 
     pid: str
@@ -92,7 +97,7 @@ class _About(NamedTuple):
     failure: Failure | None
 
     def __str__(self) -> str:
-        return f"{_told(*self)} and"
+        return f"{_told(*msgspec.structs.astuple(self))} and"
 
 
 def _told(

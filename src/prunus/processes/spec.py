@@ -152,6 +152,10 @@ class Exposure:
     """Values without a port are taken over too: the other class takes any names."""
 
 
+class NoStepsError(SpecError):
+    """The class has no steps: it is only a base for others."""
+
+
 class ProcessSpec:
     """What a process class takes and gives."""
 
@@ -456,14 +460,6 @@ class ProcessSpec:
             raise InvalidInputError(self.name, problems)
         return value
 
-    def read_outputs(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
-        """All outputs, complete with defaults; `InvalidInputError` if required ones are missing."""
-        problems = Problems()
-        filled: dict[str, Any] = _fill(self.outputs, self._output_model, outputs, "outputs", problems)[0]
-        if problems:
-            raise InvalidInputError(self.name, problems)
-        return filled
-
     def check_outputs(self, outputs: Mapping[str, Any]) -> tuple[dict[str, Any], ExitCode | None]:
         """The outputs, complete with defaults, and the exit code if some are missing or wrong; never raises."""
         if not outputs and self._needs_no_outputs:
@@ -478,10 +474,19 @@ class ProcessSpec:
         told = "; ".join(f"{path}: {problem}" for path, problem in problems.items())
         return {**outputs, **filled}, ERROR_INVALID_OUTPUT.format(problems=told)
 
-    def check_message(self, name: str) -> None:
-        """Raises `InvalidInputError` if no message `name` is declared."""
+    def check_message(self, name: str, schema: Any = MISSING) -> None:
+        """Raises `InvalidInputError` if no message `name` is declared, `SpecError` if its type is not `schema`."""
         if name not in self.messages:
-            raise InvalidInputError(self.name, {f"messages.{name}": unknown("message", name, self.messages)})
+            problem = unknown("message", name, self.messages)
+            if schema is not MISSING:
+                problem += f"; declare it: spec.message({name!r}, valid_type={_code_of(schema)})"
+            raise InvalidInputError(self.name, {f"messages.{name}": problem})
+        declared = self.messages[name].schema
+        if schema is not MISSING and schema != declared.annotation:
+            raise SpecError(
+                f"{self.name} waits for the message {name!r} with schema={_code_of(schema)}, and declares it with the "
+                f"type {_code_of(declared.annotation)}; say the same in both places, or leave schema= away"
+            )
 
     def read_message(self, name: str, value: Any) -> Any:
         """The value of a message, converted to its type; `InvalidInputError` if it does not fit or is not declared."""
@@ -615,6 +620,11 @@ def _add_model(
             )
         space.add(field.name, port)
     return _Model(kind, fields, converts)
+
+
+def _code_of(annotation: Any) -> str:
+    """An annotation as one writes it."""
+    return annotation.__qualname__ if isinstance(annotation, type) else str(annotation)
 
 
 def _constant(value: Any) -> Callable[[], Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from contextvars_extras.context_var_ext import ContextVarExt
@@ -27,23 +28,27 @@ Stack = tuple[Frame, ...]
 
 _stack: ContextVarExt[Stack] = ContextVarExt("prunus.process_stack", default=())
 
+frames: Callable[[], Stack] = _stack.get_raw
+"""All frames of this context, the innermost last."""
+enter: Callable[[Stack], contextvars.Token[Stack]] = _stack.set
+"""Make these the frames of this context; give the token back to `pop` in the same context."""
+pop: Callable[[contextvars.Token[Stack]], None] = _stack.reset
+"""Leave the step that `push` or `enter` entered."""
+
+
+def extended(process: Machine, attempt: int, step: str | None = None) -> Stack:
+    """The frames of this context and one more."""
+    return frames() + ((process._weakly, attempt, step),)  # noqa: RUF005  (quicker)
+
 
 def push(process: Machine, attempt: int, step: str | None = None) -> contextvars.Token[Stack]:
     """Enter a step; give the token back to `pop` in the same context."""
-    frames: Stack = _stack.get_raw()
-    token: contextvars.Token[Stack] = _stack.set((*frames, (weakref.ref(process), attempt, step)))
-    return token
-
-
-def pop(token: contextvars.Token[Stack]) -> None:
-    """Leave the step that `push` entered."""
-    _stack.reset(token)
+    return enter(extended(process, attempt, step))
 
 
 def top() -> Process | None:
     """The innermost process that is still alive."""
-    frames: Stack = _stack.get()
-    for reference, _, _ in reversed(frames):
+    for reference, _, _ in reversed(frames()):
         process: Any = reference()
         if process is not None:
             return process  # type: ignore[no-any-return]
@@ -52,14 +57,12 @@ def top() -> Process | None:
 
 def current_step() -> str | None:
     """The name of the step of `top`."""
-    frames: Stack = _stack.get()
-    return next((step for reference, _, step in reversed(frames) if reference() is not None), None)
+    return next((step for reference, _, step in reversed(frames()) if reference() is not None), None)
 
 
 def attempt_of(process: Machine) -> int | None:
     """The attempt of `process` that this code belongs to; None outside of its steps."""
-    frames: Stack = _stack.get_raw()
-    for reference, attempt, _ in reversed(frames):
+    for reference, attempt, _ in reversed(frames()):
         if reference() is process:
             return attempt
     return None
@@ -67,8 +70,7 @@ def attempt_of(process: Machine) -> int | None:
 
 def depth() -> int:
     """How many steps are inside one another here."""
-    frames: Stack = _stack.get_raw()
-    return len(frames)
+    return len(frames())
 
 
 def clean_context() -> contextvars.Context:

@@ -14,16 +14,15 @@ have raises `InvalidTransitionError`, and nothing is changed.
     PLAYING --pause--> PAUSED (between two steps), or PAUSING (while a step runs) --settle--> PAUSED
     PAUSED, PAUSING --play--> PLAYING;   a process that terminates is PLAYING again (--end-->)
 
-The data of a state is a frozen dataclass; `to_data` and `from_data` make plain dictionaries of it and back. The
+The data of a state is a frozen struct; `to_data` and `from_data` make plain dictionaries of it and back. The
 values of the enums are plumpy's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Final, Literal, TypeVar, assert_never
+from typing import Any, ClassVar, Final, Literal, assert_never
 
 import msgspec
 
@@ -109,8 +108,7 @@ Effect = Literal["", "begun", "unknown"]
 """What is known of a step whose effect is to take place once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
+class Pending(msgspec.Struct, frozen=True):
     """Something that is waited for, and the step that comes when it is there."""
 
     on: Condition | None
@@ -119,7 +117,7 @@ class Pending:
     """None: finish (a work chain: go on with the outline)."""
     args: tuple[Any, ...] = ()
     """What the step gets before the value of what was waited for."""
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = {}
     message: str | None = None
     data: Any = None
     attempt: int = 1
@@ -128,24 +126,22 @@ class Pending:
     """Of a step with ``effect="once"`` that is tried again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Created:
+class Created(msgspec.Struct, frozen=True):
     """Accepted; nothing of the user's code ran yet."""
 
     kind: ClassVar[ProcessState] = ProcessState.CREATED
     step: str
     args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
+class Running(msgspec.Struct, frozen=True):
     """`step` is the next one to be run, or runs at this moment."""
 
     kind: ClassVar[ProcessState] = ProcessState.RUNNING
     step: str
     args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = {}
     attempt: int = 1
     effect: Effect = ""
     """Of a step with ``effect="once"``: an attempt has begun and nobody has seen it end; nobody knows what it did."""
@@ -153,8 +149,7 @@ class Running:
     """What else is waited for meanwhile."""
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
+class Waiting(msgspec.Struct, frozen=True):
     """Waits for the first of `pending` to be there."""
 
     kind: ClassVar[ProcessState] = ProcessState.WAITING
@@ -175,8 +170,7 @@ class Waiting:
         return next((item.message for item in self.pending if item.message is not None), None)
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True):
     """The last step has returned. An `exit_status` of 0 is a success."""
 
     kind: ClassVar[ProcessState] = ProcessState.FINISHED
@@ -185,16 +179,14 @@ class Finished:
     exit_message: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Excepted:
+class Excepted(msgspec.Struct, frozen=True):
     """A step has raised."""
 
     kind: ClassVar[ProcessState] = ProcessState.EXCEPTED
     failure: Failure
 
 
-@dataclass(frozen=True, slots=True)
-class Killed:
+class Killed(msgspec.Struct, frozen=True):
     """Somebody has killed it."""
 
     kind: ClassVar[ProcessState] = ProcessState.KILLED
@@ -207,13 +199,13 @@ State = Created | Running | Waiting | Finished | Excepted | Killed
 # --- decisions --------------------------------------------------------------------------------------
 
 
-S = TypeVar("S", Created, Running, Waiting, Finished, Excepted, Killed)
+_ENTERED = frozenset((source, event, target) for (source, event), targets in STATE_TABLE.items() for target in targets)
 
 
-def enter(source: State, event: Event, target: S) -> S:
+def enter(source: ProcessState, event: Event, target: ProcessState) -> ProcessState:
     """`target`, if `event` may lead from `source` to it; else `InvalidTransitionError`."""
-    if target.kind not in STATE_TABLE.get((source.kind, event), ()):
-        raise InvalidTransitionError(source.kind.value, event.value)
+    if (source, event, target) not in _ENTERED:
+        raise InvalidTransitionError(source.value, event.value)
     return target
 
 

@@ -9,13 +9,16 @@ process between two steps and whose answer is given when the change is durable.
 
 from __future__ import annotations
 
+import dis
 import inspect
+import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, overload
 
 from prunus.errors import SpecError
+from prunus.processes.schemas import Arguments
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -88,10 +91,11 @@ class StepOptions:
     reconcile: str | None = None
     """The method that says whether the effect took place."""
     renamed_from: tuple[str, ...] = ()
-    is_inline: bool = False
-    """Whether it is a plain ``def`` that is called on the loop ..."""
     is_async: bool = False
-    """... or an ``async def``; the others run in threads."""
+    """Whether it is an ``async def``."""
+    is_inline: bool = False
+    """Whether it is called on the loop and nothing can come between: a plain ``def`` that does not run in a thread, or
+    an ``async def`` without any ``await``."""
 
     @property
     def is_plain(self) -> bool:
@@ -212,6 +216,8 @@ class StepTable:
     """From old names to stable ones."""
     queries: Mapping[str, str]
     updates: Mapping[str, str]
+    arguments: dict[str, Arguments] = field(default_factory=dict)
+    """Of queries and updates, each since it was first asked for: its annotations may name what comes later."""
 
     def current_name(self, name: str) -> str:
         """The name by which the step goes now."""
@@ -265,6 +271,16 @@ def options_of(function: Any) -> StepOptions | None:
     """What ``@step`` said of a method; None if it is not marked."""
     options: StepOptions | None = getattr(function, _STEP, None)
     return options
+
+
+def can_wait(function: Any) -> bool:
+    """Whether an ``async def`` may wait for something: there is an ``await`` in it, ``async with`` or ``async for``."""
+    code: types.CodeType | None = getattr(function, "__code__", None)
+    return code is None or not code.co_flags & inspect.CO_COROUTINE or _YIELD_VALUE in code.co_code[::2]
+
+
+_YIELD_VALUE = dis.opmap["YIELD_VALUE"]
+"""Each of them is compiled to this instruction, and nothing else suspends a coroutine."""
 
 
 def stable_name(function: Any) -> str | None:

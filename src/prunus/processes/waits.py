@@ -12,12 +12,13 @@ those that did not happen (only with `any`) are None.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, assert_never
 
 from prunus.processes.fanout import FanOut, MapResults
+from prunus.processes.ports import MISSING
 
 if TYPE_CHECKING:
     from prunus.processes.result import ProcessResult
@@ -44,6 +45,9 @@ class OnMessage:
     name: str
     until_s: float | None = None
     default: Any = None
+    schema: Any = field(default=MISSING, compare=False, repr=False)
+    """What the step that waits takes its value to be. The class declares it; that they agree is looked at once, when
+    the wait begins, so this stands in no checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +124,16 @@ def until(moment: datetime) -> OnTime:
     return OnTime(moment.timestamp())
 
 
-def message(name: str, *, timeout: timedelta | float | None = None, default: Any = None) -> OnMessage:
-    """A wait for a message `name`, which the class must declare; after `timeout` its value is `default`."""
-    return OnMessage(name, None if timeout is None else sleep(timeout).at_s, default)
+def message(
+    name: str, *, schema: Any = MISSING, timeout: timedelta | float | None = None, default: Any = None
+) -> OnMessage:
+    """A wait for a message `name`; after `timeout` (a timedelta, or seconds) its value is `default`.
+
+    The class must declare the message, in a nested `Messages` or by ``spec.message(name, valid_type=...)``: what is
+    sent is checked against that type and converted to it, also before anybody waits. `schema` says the type once more
+    where it is waited for, for the reader; a step whose `schema` is not the declared type fails with `SpecError`.
+    """
+    return OnMessage(name, None if timeout is None else sleep(timeout).at_s, default, schema)
 
 
 def condition_of(what: Any) -> Condition:
@@ -293,21 +304,24 @@ def wakes_of(conditions: Iterable[Condition], now_s: float) -> Wakes:
 
 def repeated_message(condition: Condition) -> str | None:
     """The name of a message that stands more than once in `condition`; None if there is no such name."""
-    match condition:
-        case AllOf(items) | AnyOf(items):
-            parts = items
-        case _:
-            return None
     known: set[str] = set()
-    for part in parts:
-        if (name := repeated_message(part)) is not None:
-            return name
-        names = wakes_of((part,), 0.0).names
-        for name in names:
-            if name in known:
-                return name
-        known.update(names)
+    for each in messages_of(condition):
+        if each.name in known:
+            return each.name
+        known.add(each.name)
     return None
+
+
+def messages_of(condition: Condition) -> Iterator[OnMessage]:
+    """Every message that stands in `condition`."""
+    match condition:
+        case OnMessage():
+            yield condition
+        case AllOf(items) | AnyOf(items):
+            for item in items:
+                yield from messages_of(item)
+        case _:
+            pass
 
 
 def _gather(

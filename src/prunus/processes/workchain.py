@@ -23,11 +23,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
+
+import msgspec
 
 from prunus.errors import InvalidStepError, SpecError
 from prunus.processes import stack
-from prunus.processes.attempts import Attempt, Outcome
+from prunus.processes.attempts import Attempt, Outcome, at_once
 from prunus.processes.commands import Command, Stop, Wait
 from prunus.processes.generics import InputsT, OutputsT
 from prunus.processes.machine import StepCall, _NotYet
@@ -35,7 +38,7 @@ from prunus.processes.namespaces import AttributeDict
 from prunus.processes.outline import End, Outline, Path, Place, Question, Return, Step, compile_outline
 from prunus.processes.process import Process, names_of
 from prunus.processes.result import ProcessResult
-from prunus.processes.spec import ProcessSpec
+from prunus.processes.spec import NoStepsError, ProcessSpec
 from prunus.processes.states import Pending, Running, Waiting
 from prunus.processes.steps import StepOptions
 from prunus.processes.waits import AllOf, Answer, Child, OnMessage, names_of_values
@@ -75,6 +78,8 @@ class WorkChainSpec(ProcessSpec):
         self.instructions = instructions
 
     def complete(self, process_class: type[Process]) -> None:
+        if not self.instructions:
+            raise NoStepsError(f"the outline of {self.name} has no steps")
         self.compiled = compile_outline(self.instructions, process_class, f"the outline of {self.name}")
         super().complete(process_class)
 
@@ -91,26 +96,24 @@ class _Awaited:
     append: bool
 
 
-class _Memo:
+class _Memo(msgspec.Struct, eq=False):
     """What a step of a work chain may write, beside outputs and children."""
 
-    __slots__ = ("asked", "awaited", "context", "position")
-
-    def __init__(self, position: Path, context: AttributeDict, awaited: tuple[_Awaited, ...]) -> None:
-        self.position = position
-        self.context = context
-        self.awaited = awaited
-        self.asked = 0
-        """How many questions came since the last step."""
+    position: Path
+    context: AttributeDict
+    awaited: tuple[_Awaited, ...]
+    asked: int = 0
+    """How many questions came since the last step."""
 
     def copy(self) -> _Memo:
-        return _Memo(self.position, self.context.copy(), self.awaited)
+        return _Memo(self.position, AttributeDict(dict.copy(self.context)), self.awaited)
 
 
 class WorkChain(Process[InputsT, OutputsT]):
     """The base of all work chains. A subclass gives its spec an outline."""
 
     spec_class: ClassVar[type[ProcessSpec]] = WorkChainSpec
+    _outline: Outline
     _memo: _Memo
 
     # --- for steps ----------------------------------------------------------------------------------
@@ -119,7 +122,7 @@ class WorkChain(Process[InputsT, OutputsT]):
     def ctx(self) -> Any:
         """The context, by attribute and by item. What a step writes here is kept when the step ends well."""
         attempt = self._attempt
-        if attempt is not None and stack.attempt_of(self) in (None, attempt.number):  # (what is mostly so, and quick)
+        if attempt is not None and stack.frames() is attempt.frames:  # (as it mostly is)
             return attempt.memo.context
         return self._my_memo().context
 
@@ -127,66 +130,54 @@ class WorkChain(Process[InputsT, OutputsT]):
         """Wait for these children before the next step of the outline, and put their results into the context."""
         _expect(self._my_memo(), children)
 
-    @classmethod
-    def _is_abstract(cls) -> bool:
-        instructions = cls.spec_class(cls.__qualname__)
-        try:
-            cls.define(instructions)
-        except Exception:  # whatever is wrong with it is told when its spec is built
-            return False
-        return isinstance(instructions, WorkChainSpec) and not instructions.instructions
-
     # --- the outline is the step `run`, over and over ---------------------------------------------------
 
-    async def run(self, *_: Any, **__: Any) -> Any:
+    async def run(self, place: Return | End) -> Stop:
+        """What comes when the outline has no step any more."""
+        return _ending(place)
+
+    async def _run_step(self, memo: _Memo, place: Step, step: Callable[[], Awaitable[Any]]) -> Any:
         """One step of the outline: do it, then ask until there is something to do again."""
-        attempt = self._attempt  # (it may be another one when a step that was given up comes back)
-        assert attempt is not None
-        assert attempt.options is not None
-        memo: _Memo = attempt.memo
-        place = self._outline.places[memo.position]
-        if type(place) is not Step:
-            return _ending(place)
-        step = getattr(self, attempt.options.method)
-        return await self._await_step(memo, place, step() if attempt.options.is_async else attempt.call(step))
-
-    def _run_inline(self, memo: _Memo, place: Step, step: Callable[[], Any]) -> Any:
-        """The same for a plain step that is called on the loop. What it returns may have to be awaited."""
-        value = step()
-        return self._await_step(memo, place, value) if inspect.isawaitable(value) else self._leave(memo, place, value)
-
-    async def _await_step(self, memo: _Memo, place: Step, value: Awaitable[Any]) -> Any:
-        rest = self._leave(memo, place, await value)
+        rest = self._leave(memo, place, await step())
         return await rest if inspect.iscoroutine(rest) else rest
 
+    def _run_inline(self, memo: _Memo, place: Step, step: Callable[[], Any], is_async: bool) -> Any:
+        """The same for a step that can't wait. What it returns may have to be awaited."""
+        value = at_once(step) if is_async else step()
+        if value is not None and not is_async and inspect.isawaitable(value):
+            return self._run_step(memo, place, lambda: value)
+        return self._leave(memo, place, value)
+
     def _leave(self, memo: _Memo, place: Step, value: Any) -> Any:
-        """What `run` returns when the step at `place` has returned `value`; a coroutine if that must be awaited."""
-        memo.position = place.then
-        if not _goes_on(value):
-            return value
-        if value:
-            _expect(memo, value)
+        """What a step's value becomes when the outline has gone on from it; a coroutine if that must be awaited."""
+        if value is not None:
+            if not _goes_on(value):
+                self._refuse_awaitable(place.name, value)
+                memo.position = place.then
+                return value
+            if value:
+                _expect(memo, value)
         if memo.awaited:
+            memo.position = place.then
             return None
-        found = self._look(memo)
-        if isinstance(found, tuple):
-            return self._look_on(memo, found)
-        return None if type(found) is Step else _ending(found)
+        found = self._look(memo, place.then)
+        if type(found) is Step:
+            return None
+        return self._look_on(memo, found) if isinstance(found, tuple) else _ending(found)
 
     async def _look_on(self, memo: _Memo, found: _Place | _Asked) -> Stop | None:
         """Wait for the answers that must be waited for. None if there is a step to do."""
         while isinstance(found, tuple):
             question, answer = found
-            self._decide(memo, question, await answer)
-            found = self._look(memo)
+            found = self._look(memo, self._decide(question, await answer))
         return None if type(found) is Step else _ending(found)
 
-    def _look(self, memo: _Memo) -> _Place | _Asked:
-        """Move on to the first place that is not a question, or whose question must be waited for."""
-        places = self._outline.places
-        while type(place := places[memo.position]) is Question:
-            memo.asked += 1
-            if memo.asked > MAX_QUESTIONS:
+    def _look(self, memo: _Memo, position: Path) -> _Place | _Asked:
+        """Move on from `position` to the first place that is not a question, or whose question must be waited for."""
+        places, asked = self._outline.places, memo.asked
+        while type(place := places[position]) is Question:
+            asked += 1
+            if asked > MAX_QUESTIONS:
                 raise InvalidStepError(
                     type(self).__qualname__,
                     place.name,
@@ -194,20 +185,25 @@ class WorkChain(Process[InputsT, OutputsT]):
                     "outline does not end",
                 )
             answer = getattr(self, place.name)()
-            if type(answer) is not bool and inspect.isawaitable(answer):
+            if answer is not True and answer is not False and inspect.isawaitable(answer):
+                memo.asked = asked
                 return place, answer
-            self._decide(memo, place, answer)
+            position = self._decide(place, answer)
+        memo.position = position
         return place
 
-    def _decide(self, memo: _Memo, question: Question, answer: Any) -> None:
-        if not isinstance(answer, bool):
-            raise InvalidStepError(
-                type(self).__qualname__, question.name, f"must answer True or False; it returned {answer!r}"
-            )
-        memo.position = question.yes if answer else question.no
+    def _decide(self, question: Question, answer: Any) -> Path:
+        """Where the answer to `question` leads."""
+        if answer is True:
+            return question.yes
+        if answer is False:
+            return question.no
+        raise InvalidStepError(
+            type(self).__qualname__, question.name, f"must answer True or False; it returned {answer!r}"
+        )
 
     async def _ask_first(self, memo: _Memo) -> None:
-        await self._look_on(memo, self._look(memo))
+        await self._look_on(memo, self._look(memo, memo.position))
 
     def _next_call(self, attempt: Attempt, state: Running) -> StepCall | None:
         if state.step != "run":
@@ -217,16 +213,19 @@ class WorkChain(Process[InputsT, OutputsT]):
         if type(place) is Question:
             return None
         if type(place) is not Step:
-            return _ENDING, self.run, (), _NO_ARGUMENTS
-        options = self._find_step(place.name)
+            return _ENDING, self.run, (place,), _NO_ARGUMENTS
+        options = self._options.get(place.name) or self._find_step(place.name)
+        step = getattr(self, options.method)
         if options.is_inline:
-            return options, self._run_inline, (memo, place, getattr(self, options.method)), _NO_ARGUMENTS
-        return options, self.run, (), _NO_ARGUMENTS
+            return options, self._run_inline, (memo, place, step, options.is_async), _NO_ARGUMENTS
+        if not options.is_async:
+            step = partial(attempt.call, step)
+        return options, self._run_step, (memo, place, step), _NO_ARGUMENTS
 
     async def _find_place(self, attempt: Attempt) -> Outcome | _NotYet | None:
         memo: _Memo = attempt.memo
         name = attempt.step = self._outline.places[memo.position].name
-        _, error = await attempt.run(self._ask_first, (memo,), {}, StepOptions(name, "_ask_first"))
+        _, error = await attempt.run(StepOptions(name, "_ask_first"), self._ask_first, (memo,), {})
         if error is not None or attempt.is_killed:
             return None, error
         self._memo = memo.copy()  # with what the predicates have written: they are not asked again
@@ -239,7 +238,7 @@ class WorkChain(Process[InputsT, OutputsT]):
 
     def _command(self, attempt: Attempt, value: Any, state: Running) -> Command | tuple[Wait, ...] | Running:
         memo: _Memo = attempt.memo
-        if _goes_on(value):
+        if value is None or _goes_on(value):
             if value:
                 _expect(memo, value)
             if memo.awaited:
@@ -297,17 +296,8 @@ class WorkChain(Process[InputsT, OutputsT]):
         super()._set_up(*args)
         spec = self._spec
         assert isinstance(spec, WorkChainSpec)
-        self._outline: Outline = spec.compiled
+        self._outline = spec.compiled
         self._memo = _Memo(self._outline.start, AttributeDict(), ())
-
-    def _new_attempt(self, number: int) -> Attempt:
-        attempt = Attempt(self, number, self._outputs.copy())
-        attempt.memo = self._memo.copy()
-        return attempt
-
-    def _commit(self, attempt: Attempt) -> None:
-        super()._commit(attempt)
-        self._memo = attempt.memo
 
     def _written(self, attempt: Attempt) -> dict[str, Any]:
         return {**super()._written(attempt), "ctx": dict(attempt.memo.context)}
@@ -349,7 +339,7 @@ _Asked = tuple[Question, Awaitable[Any]]
 _NO_ARGUMENTS: Mapping[str, Any] = {}
 _RUN = Running("run")
 """Of every step of an outline."""
-_ENDING = StepOptions("run", "run")
+_ENDING = StepOptions("run", "run", is_async=True)
 """Behind the last place of an outline there is nothing of the user's."""
 
 

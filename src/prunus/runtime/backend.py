@@ -10,22 +10,31 @@ told too early or forgotten.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from prunus.errors import StoreFullError
+import prunus
+from prunus.errors import NotPermittedError, StoreFullError
+from prunus.messaging.access import ADMINISTERING, ALL, SENDING, WORKING, Role
 from prunus.messaging.communicator import DEFAULT_QUEUE, Communicator, IncomingTask
-from prunus.messaging.exchange import ExchangeStatistics, NewBroadcast, NewTask, Served
+from prunus.messaging.exchange import NewBroadcast, NewTask, Served
+from prunus.messaging.inventory import Statistics
+from prunus.messaging.messages import Peer
+from prunus.messaging.queues import needs_of
 from prunus.persistence import requests
-from prunus.persistence.persister import Effects, Save
+from prunus.persistence.persister import Claim, Effects, Route, Save
 from prunus.persistence.sqlite import ProcessStore
 from prunus.processes import PlayState
+from prunus.runtime import crashes, reconcile, upkeep
+from prunus.runtime.crashes import Deaths
+from prunus.runtime.upkeep import Upkeep
 
 RUN_LANE = DEFAULT_QUEUE
-"""Tasks for processes that can step."""
+"""Tasks for processes that can step and name no queue of their own."""
 CONTROL_LANE = "control"
 """Tasks for processes that nobody holds and that have a letter: never behind long work (G10)."""
 
@@ -34,12 +43,26 @@ ANSWERED, SET_ASIDE, REVIVED, PROGRESS, MAIL = "answered", "set_aside", "revived
 running step said something; it got mail."""
 
 STATISTICS_REQUEST = b"statistics"
+NOTHING = Effects()
+logger = logging.getLogger(__name__)
 _PLAY_STATES = frozenset(state.value for state in PlayState)
 
 
 def letter_subject(owner: str) -> str:
     """The subject of the broadcast that tells `owner`: a process that you hold has a letter."""
     return f"letter.{owner}"
+
+
+class BrokerStatus(Statistics, frozen=True, kw_only=True):
+    """A broker with its disk and the processes behind it."""
+
+    pid: int = 0
+    version: str = ""
+    """Of Prunus, that it runs."""
+    disk_full: bool = False
+    """New work is refused for want of space."""
+    processes: dict[str, int] = msgspec.field(default_factory=dict)
+    """How many are in each state."""
 
 
 class ProcessService:
@@ -53,35 +76,83 @@ class ProcessService:
         store: ProcessStore,
         broker_statistics: Callable[[], dict[str, Any]] = dict,
         clock: Callable[[], float] = time.time,
+        upkeep: Upkeep | None = None,
+        tasks: reconcile.Tasks | None = None,
     ) -> None:
+        """`tasks` is what the broker knows: with it the owner of the profile may have everything checked and mended."""
         self._store = store
+        self._tasks = tasks
+        self._deaths = Deaths(store)
         self._broker_statistics = broker_statistics
+        self._upkeep = upkeep
         self._clock = clock
         self.refuse_new: str | None = None
         """The path of the database whose disk is full: nothing new is created then, everything else goes on ..."""
         self.refuse_changes: str | None = None
         """... and with this one nothing is changed."""
 
-    def execute(self, request: bytes, session: str) -> Served:
-        """Answer one request of the peer `session`; raises what the store raises."""
+    def execute(self, request: bytes, session: str, role: Role) -> Served:
+        """Answer one request of the peer `session`; raises what the store raises, and `NotPermittedError`."""
         if request == STATISTICS_REQUEST:
             statistics = {**self._broker_statistics(), "processes": self._store.statistics()}
             return Served(answer=msgspec.json.encode(statistics))
+        if self._upkeep is not None and request.startswith(upkeep.PREFIX):
+            _only_owner(role, "to look after the database")
+            return Served(answer=self._upkeep.execute(request.removeprefix(upkeep.PREFIX)))
+        if request.startswith(crashes.PREFIX):
+            _only_owner(role, "to say how a worker ended")
+            if self.refuse_changes is None:
+                self._deaths.testify(request.removeprefix(crashes.PREFIX))
+            return Served(answer=b"")
+        if self._tasks is not None and request.startswith(reconcile.PREFIX):
+            _only_owner(role, "to have processes checked and mended")
+            return self._reconcile(request.removeprefix(reconcile.PREFIX), self._tasks)
         decoded = requests.decode_request(request)
-        if self.refuse_new is not None and isinstance(decoded, requests.CreateRequest):
+        if role not in who_may_ask(decoded):
+            raise NotPermittedError(role, f"the request {type(decoded).__struct_config__.tag!r} about a process")
+        if self.refuse_new is not None and isinstance(decoded, (requests.CreateRequest, *requests.ARRIVING)):
             raise StoreFullError(self.refuse_new)
         if self.refuse_changes is not None and not isinstance(decoded, requests.READING):
             raise StoreFullError(self.refuse_changes)
         answer, effects = requests.perform(self._store, decoded, session)
+        begins = None
+        if isinstance(decoded, requests.CreateRequest) and answer.is_new:
+            process = decoded.process
+            begins = NewTask(queue=process.queue, key=process.pid, needs=needs_of(process.resources.items()))
         return Served(
             answer=requests.encode_answer(answer),
             tasks=tasks_for(effects),
             broadcasts=(*news_of(decoded), *nudges_of(effects)),
+            begins=begins,
         )
 
-    def left(self, session: str) -> tuple[NewTask, ...]:
-        """`session` is gone for good: what it held goes to others, and letters need not wait for that."""
-        return tasks_for(self._store.release_all(session))
+    def left(self, session: str, lost: Peer | None) -> tuple[NewTask | NewBroadcast, ...]:
+        """`session` is gone for good: what it held goes to others, and letters need not wait for that. If it died, the
+        processes whose steps it ran are blamed, and may be set aside for it."""
+        if lost is None:
+            return tasks_for(self._store.release_all(session))
+        worker = session.rpartition("-")[0] or session
+        effects, blamed, aside = self._store.blame_all(session, f"{worker}, pid {lost.pid}")
+        self._deaths.noticed(lost, blamed, aside)
+        for pid in aside:
+            logger.error("process %s is set aside: its step ended so many workers", pid, extra={"pid": pid})
+        return *tasks_for(effects), *(NewBroadcast(sender=pid, subject=SET_ASIDE) for pid in aside)
+
+    def _reconcile(self, data: bytes, tasks: reconcile.Tasks) -> Served:
+        """Check the processes behind a place, or mend them too."""
+        request = reconcile.decode_request(data)
+        found, after = reconcile.look(self._store, tasks, request.after, time.monotonic)
+        if request.after is None:
+            found += reconcile.look_on(self._store, tasks, self._clock())
+        effects = NOTHING
+        if isinstance(request, reconcile.Mend):
+            if self.refuse_changes is not None:
+                raise StoreFullError(self.refuse_changes)
+            effects = reconcile.mend(self._store, tasks, found, self._clock())
+        report = reconcile.Report(
+            found=tuple(found), after=after, now=self._clock(), newest=self._store.newest(), version=prunus.__version__
+        )
+        return Served(answer=reconcile.encode(report), tasks=tasks_for(effects))
 
     def due(self) -> float | None:
         """The seconds until a process is to be woken by its timer, 0 or less if that is late."""
@@ -100,6 +171,14 @@ class Backend:
         self.communicator = communicator
         self.persister = requests.RequestPersister(self._send)
 
+    async def claim(self, pid: str, task: IncomingTask) -> Claim:
+        """Become the owner of a process, unless `task` has gone to somebody else meanwhile (`TaskRejectedError`): a
+        claim that comes late would hold a process that nobody drives."""
+        request = requests.ClaimRequest(pid, self.communicator.session, time.time())
+        [answer] = await self.communicator.call([requests.encode_request(request)], holding=[task])
+        claim: Claim = requests.decode_answer(request, answer)
+        return claim
+
     async def settle(self, request: requests.Request, task: IncomingTask) -> Any:
         """Do `request` and acknowledge `task` in one commit (G2), and return the store's answer."""
         [answer] = await self.communicator.call([requests.encode_request(request)], acks=[task])
@@ -115,25 +194,47 @@ class Backend:
         return answer
 
 
+def who_may_ask(request: requests.Request) -> frozenset[Role]:
+    """The roles that may make this request of the process store."""
+    if isinstance(request, requests.READING):
+        return ALL
+    if isinstance(request, requests.ARRIVING):
+        return ADMINISTERING
+    return WORKING if isinstance(request, requests.HOLDING) else SENDING
+
+
+def _only_owner(role: Role, what: str) -> None:
+    """Raise if this is not the owner, who alone may have things done on the broker's host."""
+    if role is not Role.OWNER:
+        raise NotPermittedError(role, what)
+
+
 # --- what the broker makes of what the store did ----------------------------------------------------
 
 
 def tasks_for(effects: Effects) -> tuple[NewTask, ...]:
-    """The tasks that say "look at this process": one key a process, so that one worker at a time looks (G4)."""
+    """The tasks that say "look at this process": one key a process, so that one worker at a time looks (G4).
+
+    Who can step goes to the queue of its own, with its tokens: so it holds them while a worker has it, and not while it
+    is parked. Letters need none.
+    """
+    routes = effects.routes
     return (
         *(NewTask(queue=CONTROL_LANE, key=pid) for pid in effects.called),
-        *(NewTask(queue=RUN_LANE, key=pid) for pid in effects.runnable),
+        *(_run_task(pid, routes.get(pid)) for pid in effects.runnable),
     )
 
 
-def missing_tasks(store: ProcessStore, has_task: Callable[[str], bool]) -> list[NewTask]:
-    """A task for every process that somebody has to look at and that has none (G12).
+def _run_task(pid: str, route: Route | None) -> NewTask:
+    if route is None:
+        return NewTask(queue=RUN_LANE, key=pid)
+    needs = needs_of(route.resources.items())
+    return NewTask(queue=route.queue, key=pid, priority=route.priority, depth=route.depth, needs=needs)
 
-    That is what is runnable or called, and what is held: its holder has a task for it, as long as it lives.
-    """
-    unheld = store.unheld_work()
-    effects = Effects(runnable=(*unheld.runnable, *store.held()), called=unheld.called)
-    return [task for task in tasks_for(effects) if task.key is not None and not has_task(task.key)]
+
+def missing_tasks(store: ProcessStore, has_task: Callable[[str], bool]) -> list[NewTask]:
+    """A task for every process that somebody has to look at and that has none (G12)."""
+    return list(tasks_for(reconcile.without_task(store, has_task)))
 
 
 def nudges_of(effects: Effects) -> tuple[NewBroadcast, ...]:
@@ -165,9 +266,3 @@ def _subjects(save: Save) -> list[str]:
         subjects.append(f"{kind}_changed.{event.subject}")
     # Whoever waits for an answer looks at the row; most transitions are no answer, but then this costs one look.
     return [*subjects, ANSWERED] if save.replies or not subjects else subjects
-
-
-def broker_counts(statistics: ExchangeStatistics) -> dict[str, Any]:
-    """The counts of a broker as plain data: its tasks by queue and by holder, its sessions and more."""
-    counts: dict[str, Any] = msgspec.to_builtins(statistics)
-    return {**counts.pop("broker"), **counts}

@@ -6,8 +6,10 @@ therefore the same as recovering:
 
 1. hold ``run/broker.lock`` (a `flock`: a second broker is refused);
 2. open the database (exclusive, WAL, ``synchronous=FULL``) and raise the broker epoch;
-3. reconcile, now and every minute: each process that is runnable, called or held has a task (G12);
-4. bind the socket and serve.
+3. reconcile, now and every minute (`prunus.runtime.reconcile`): each process that has not ended is live, queued or
+   parked with something that wakes it (G12), or is repaired; what has ended and is older than the profile wants is
+   forgotten, some at a time;
+4. bind the socket, and the places on a network that the profile names, if it has keys; and serve.
 
 A disk that runs full is no reason to end. With little space left new work is refused (`StoreFullError`), and what is
 there goes on, also on the space of a ballast file that is given up at that moment. With none left nothing is changed
@@ -18,26 +20,49 @@ same, everything is read from the disk again, as after a kill, and nothing is ch
 from __future__ import annotations
 
 import argparse
+import contextlib
 import enum
 import functools
 import logging
 import os
+import resource
 import signal
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
+
+import prunus
 from prunus.errors import PrunusError, StoreFullError
-from prunus.messaging.broker import LEASE_S
+from prunus.messaging.blobs import BlobStore
 from prunus.messaging.exchange import BrokerStoppedError, Exchange, NewTask
-from prunus.persistence.database import WAL_LIMIT_BYTES, checkpoint_wal, open_database, wal_bytes
+from prunus.messaging.liveness import boottime
+from prunus.messaging.messages import LEASE_S
+from prunus.persistence.database import (
+    WAL_LIMIT_BYTES,
+    checkpoint_wal,
+    commit,
+    explain,
+    is_damage,
+    lay_out_log,
+    log_file_bytes,
+    open_database,
+    wal_bytes,
+)
 from prunus.persistence.sqlite import ProcessStore
-from prunus.runtime.backend import ProcessService, broker_counts, missing_tasks
+from prunus.runtime import logs
+from prunus.runtime.backend import ProcessService, tasks_for
 from prunus.runtime.locks import ServiceLock
-from prunus.runtime.profile import Profile
+from prunus.runtime.profile import Config, Profile
+from prunus.runtime.reconcile import SLICE_S, Finding, Reconciler, TasksOf
+from prunus.runtime.upkeep import Upkeep
+
+if TYPE_CHECKING:
+    from prunus.messaging.doors import Connection
 
 BALLAST_BYTES = 4 * 1024 * 1024
 """Given up when the disk is full, so that running work can still be saved."""
@@ -47,6 +72,10 @@ NO_SPACE_BYTES = 1024 * 1024
 """... and with less than this every change."""
 SCARCE_WAL_LIMIT_BYTES = 512 * 1024
 """With little space the write-ahead log is emptied when it is longer than this."""
+PLENTY_BYTES = 4 * LOW_SPACE_BYTES
+"""With more, the disk is not asked before every batch, ..."""
+MEASURED_S = 0.02
+"""... but after so long; what was written meanwhile counts."""
 COPIES = 2
 """What is written needs its size so many times: in the write-ahead log and in the tables."""
 FULL_PAUSE_S = 2.0
@@ -54,9 +83,25 @@ FULL_PAUSE_S = 2.0
 STARTING_PAUSE_S = 0.5
 """The pause before everything is read again after that."""
 RECONCILE_INTERVAL_S = 60.0
-"""How often every process is looked for its task."""
+"""How often it is looked whether every process is looked after."""
+STARTING_SLICE_S = 0.25
+"""So long that is looked at when the broker starts; what is left then comes while it serves."""
+MENDED_SAID = 10
+"""So many repairs of one turn are said in the log."""
+MEMORY_LIMIT_BYTES = 4 * 1024 * 1024 * 1024
+"""The broker gets no more: whatever somebody makes it keep, it is this process that ends, and starts again."""
+RETENTION_INTERVAL_S = 60.0
+"""How often old dead letters are looked for."""
+FORGOTTEN_AT_ONCE = 1000
+"""Dead letters, or ended processes that are looked at, in one batch; while there are more, the next batch comes with
+the next check."""
+RECONCILED_AT_ONCE = 10_000
+"""Processes that had no task and get one in one commit."""
 CHECK_INTERVAL_S = 1.0
 """How often the disk's free space and the length of the write-ahead log are looked at, with or without work."""
+
+_ENDS: tuple[Literal["finished", "excepted", "killed"], ...] = ("finished", "excepted", "killed")
+_FIRST_ENDED = (0.0, 0)
 
 logger = logging.getLogger(__name__)
 Put = Callable[[Sequence[NewTask]], object]
@@ -78,6 +123,8 @@ class DiskGuard:
         self._folder = database.parent
         self._ballast = database.with_name("ballast")
         self._refused_until_s = 0.0
+        self._measured, self._measured_until_s = 0, 0.0
+        """The free space that there was, less what was written since then, and how long that is believed."""
         self.space = Space.NEW_WORK
         """At the last `check`."""
 
@@ -88,6 +135,7 @@ class DiskGuard:
     def room_for(self, size: int, now: float) -> Space:
         """What there is room for, if `size` bytes come. Gives up the ballast at once when space is low."""
         free = self._free()
+        self._measured -= COPIES * size
         if free < LOW_SPACE_BYTES and self._ballast.exists():
             self._ballast.unlink(missing_ok=True)
             free = self._free()
@@ -124,8 +172,11 @@ class DiskGuard:
         self._ballast.unlink(missing_ok=True)
 
     def _free(self) -> int:
-        status = os.statvfs(self._folder)
-        return status.f_bavail * status.f_frsize
+        now = boottime()
+        if self._measured < PLENTY_BYTES or now >= self._measured_until_s:
+            status = os.statvfs(self._folder)
+            self._measured, self._measured_until_s = status.f_bavail * status.f_frsize, now + MEASURED_S
+        return self._measured
 
     def _keep_ballast(self) -> None:
         if self._ballast.exists():
@@ -141,79 +192,181 @@ class DiskGuard:
 class Broker:
     """The parts of a broker, put together on one connection."""
 
-    def __init__(self, database: Path, guard: DiskGuard | None = None, *, lease_s: float = LEASE_S) -> None:
+    def __init__(
+        self,
+        database: Path,
+        guard: DiskGuard | None = None,
+        *,
+        lease_s: float = LEASE_S,
+        keep_dead_s: float | None = None,
+        keep_ended_s: Mapping[str, float] | None = None,
+        max_crashes: int = 0,
+    ) -> None:
+        """`keep_dead_s`: how long a dead letter is kept; None: for ever. `keep_ended_s`: by their state, how long
+        processes are kept that ended in it; of a state that is not there, for ever. Blobs are beside the database. A
+        process in whose step `max_crashes` workers died is set aside; 0: never."""
         self._database = database
         self._guard = guard or DiskGuard(database)
+        self._keep_dead_s = keep_dead_s
+        self._keep_ended_s = dict(keep_ended_s or {})
+        self._ended_after: dict[str, tuple[float, int]] = {}
+        """By state: where the next batch of ended processes begins, if it is not the first."""
         self._connection: sqlite3.Connection = open_database(database)
         try:
-            self._store = ProcessStore(self._connection)
-            self._service = ProcessService(self._store, self._statistics)
-            self.exchange: Exchange[bytes] = Exchange(
+            if not self._guard.is_scarce(WAL_LIMIT_BYTES):
+                lay_out_log(self._connection)
+            with _the_disk_may_fail():
+                self._store = ProcessStore(self._connection)
+            self._store.max_crashes = max_crashes
+            blobs = BlobStore(database.with_name("blobs"), boottime())
+            self._upkeep = Upkeep(self._connection, blobs)
+            tasks = TasksOf(lambda: self.exchange)
+            self._service = ProcessService(self._store, self._statistics, upkeep=self._upkeep, tasks=tasks)
+            self._reconciler, self._slice_s = Reconciler(self._store, tasks, RECONCILE_INTERVAL_S), STARTING_SLICE_S
+            self.exchange: Exchange[Connection] = Exchange(
                 self._connection,
                 service=self._service,
-                now=time.monotonic(),
+                blobs=blobs,
+                now=boottime(),
                 lease_s=lease_s,
                 before_batch=self._make_room,
             )
         except BaseException:
             self._connection.close()
             raise
-        self._next_check_s = self._next_emptying_s = self._next_reconciling_s = 0.0
+        self._next_check_s = self._next_emptying_s = self._next_forgetting_s = 0.0
+        self._next_pruning_s = 0.0
 
     def look_after(self, now: float, put: Put) -> None:
-        """Called by the server in every turn, with the monotonic time: checks now and then."""
+        """Called by the server in every turn, with the time (`boottime`): goes on with a backup, and checks now and
+        then."""
+        self._upkeep.turn()
         if now < self._next_check_s:
             return
         self._next_check_s = now + CHECK_INTERVAL_S
-        self._empty_log(now, SCARCE_WAL_LIMIT_BYTES if self._guard.is_scarce(0) else WAL_LIMIT_BYTES)
+        scarce = self._guard.is_scarce(0)
+        self._empty_log(now, SCARCE_WAL_LIMIT_BYTES if scarce else WAL_LIMIT_BYTES, shrink=scarce)
         self._guard.check(now)
         self._admit(self._guard.space)
-        if now >= self._next_reconciling_s and self._guard.space is not Space.NOTHING:
-            self._next_reconciling_s = now + RECONCILE_INTERVAL_S
-            self._reconcile(put)
+        if self._guard.space is not Space.NOTHING and self._reconciler.is_due(now):
+            with _the_disk_may_fail():
+                self._reconcile(now, put)
+        if self._guard.space is Space.NEW_WORK:
+            with _the_disk_may_fail():
+                self._upkeep.give_back()
+            self._forget_dead(now)
+            with _the_disk_may_fail():
+                self._forget_ended(now)
+        if not self._upkeep.is_copying:  # what a backup refers to is there until it has its own
+            self.exchange.sweep_blobs(now)
 
     def close(self) -> None:
         """Leave the disk tidy. A broker that is killed leaves it as safe, but with a log to read."""
-        checkpoint_wal(self._connection)
+        self._upkeep.stop()
+        self._checkpoint()
         self._connection.close()
 
     def abandon(self) -> None:
         """Let go of the database as it is."""
+        self._upkeep.stop()
         self._connection.close()
 
     def _make_room(self, size: int) -> None:
-        now = time.monotonic()
+        now = boottime()
         if self._guard.is_scarce(size) and now >= self._next_emptying_s:
-            self._empty_log(now, SCARCE_WAL_LIMIT_BYTES)
+            self._empty_log(now, SCARCE_WAL_LIMIT_BYTES, shrink=True)
         self._admit(self._guard.room_for(size, now))
 
-    def _empty_log(self, now: float, limit: int) -> None:
-        if wal_bytes(self._database) > limit:
+    def _empty_log(self, now: float, limit: int, *, shrink: bool) -> None:
+        if (log_file_bytes if shrink else wal_bytes)(self._database) > limit:
             self._next_emptying_s = now + CHECK_INTERVAL_S
-            checkpoint_wal(self._connection)
+            self._checkpoint(shrink=shrink)
+
+    def _checkpoint(self, *, shrink: bool = False) -> None:
+        with _the_disk_may_fail():
+            checkpoint_wal(self._connection, shrink=shrink)
+
+    def _forget_dead(self, now: float) -> None:
+        """Dead letters that are older than the profile wants are forgotten, some at a time."""
+        if self._keep_dead_s is None or now < self._next_forgetting_s:
+            return
+        self._next_forgetting_s = now + RETENTION_INTERVAL_S
+        forgotten = self.exchange.forget_dead(now, before=time.time() - self._keep_dead_s, limit=FORGOTTEN_AT_ONCE)
+        if forgotten:
+            logger.info("%d dead letters were older than %.0f s and are forgotten", forgotten, self._keep_dead_s)
+        if forgotten == FORGOTTEN_AT_ONCE:
+            self._next_forgetting_s = now
+
+    def _forget_ended(self, now: float) -> None:
+        """Processes that ended longer ago than the profile wants are forgotten, some at a time."""
+        if not self._keep_ended_s or now < self._next_pruning_s:
+            return
+        self._next_pruning_s = now + RETENTION_INTERVAL_S
+        for state, keep_s in self._keep_ended_s.items():
+            after = self._ended_after.pop(state, _FIRST_ENDED)
+            self._connection.execute("BEGIN IMMEDIATE")
+            forgotten, more = self._store.forget_ended(state, time.time() - keep_s, after, FORGOTTEN_AT_ONCE)
+            commit(self._connection)
+            if forgotten:
+                logger.info("%d processes were %s for more than %.0f s and are forgotten", forgotten, state, keep_s)
+            if more is not None:
+                self._ended_after[state] = more
+                self._next_pruning_s = now
 
     def _admit(self, space: Space) -> None:
         path = str(self._database)
         self.exchange.refuse_changes = self._service.refuse_changes = None if space else path
         self.exchange.refuse_new = self._service.refuse_new = None if space is Space.NEW_WORK else path
 
-    def _reconcile(self, put: Put) -> None:
-        """Every process that somebody has to look at has a task (G12), whoever else wrote to the database."""
-        if tasks := missing_tasks(self._store, self.exchange.has_task):
-            logger.warning("%d processes had no task: they get one now", len(tasks))
-            put(tasks)
+    def _reconcile(self, now: float, put: Put) -> None:
+        """Every process is looked after (G12), whoever else wrote to the database."""
+        self._connection.execute("BEGIN IMMEDIATE")
+        found, effects = self._reconciler.turn(now, time.time(), self._slice_s)
+        commit(self._connection)  # were the tasks lost, the next round would miss them
+        self._slice_s = SLICE_S
+        _say(found)
+        tasks = tasks_for(effects)
+        for begin in range(0, len(tasks), RECONCILED_AT_ONCE):
+            put(tasks[begin : begin + RECONCILED_AT_ONCE])
 
     def _statistics(self) -> dict[str, Any]:
-        full = self._guard.room_for(0, time.monotonic()) is not Space.NEW_WORK
-        return {**broker_counts(self.exchange.statistics()), "pid": os.getpid(), "disk_full": full}
+        full = self._guard.room_for(0, boottime()) is not Space.NEW_WORK
+        size = self._database.stat().st_size + wal_bytes(self._database)
+        counts: dict[str, Any] = msgspec.to_builtins(self.exchange.statistics())
+        about = {"pid": os.getpid(), "version": prunus.__version__}
+        return {**counts, "database_bytes": size, "disk_full": full, **about}
+
+
+def _say(found: Sequence[Finding]) -> None:
+    for finding in found[:MENDED_SAID]:
+        logger.warning("repaired: process %s %s", finding.pid, finding.text, extra={"pid": finding.pid})
+    if len(found) > MENDED_SAID:
+        logger.warning("repaired: %d more processes that nobody looked after", len(found) - MENDED_SAID)
+
+
+@contextlib.contextmanager
+def _the_disk_may_fail() -> Iterator[None]:
+    """What SQLite refuses ends this process: with a sentence."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise BrokerStoppedError.of(error) from error
+
+
+def kept_ended_s(config: Config) -> dict[str, float]:
+    """By their state, for how many seconds processes are kept that ended; one that is not there, for ever."""
+    return {state: keep_s for state in _ENDS if (keep_s := config.keep_s(state)) is not None}
 
 
 def serve(profile: Profile, *, lease_s: float = LEASE_S) -> None:
     """Serve a profile until SIGTERM or SIGINT. The caller holds the lock."""
-    from prunus.messaging.zeromq import ZmqServer
+    from prunus.messaging.keys import Keyring
+    from prunus.messaging.server import Server
 
+    listen = profile.config.listen
+    keys = Keyring(profile.keys) if listen else None
     guard = DiskGuard(profile.database)
-    servers: list[ZmqServer] = []
+    servers: list[Server] = []
     stopping = False
 
     def stop(*_: object) -> None:
@@ -227,21 +380,32 @@ def serve(profile: Profile, *, lease_s: float = LEASE_S) -> None:
     while not stopping:
         broker: Broker | None = None
         try:
-            guard.check(time.monotonic())
-            broker = Broker(profile.database, guard, lease_s=lease_s)
-            broker.look_after(time.monotonic(), put=functools.partial(broker.exchange.put, time.monotonic()))
-            logger.info("epoch %d: serving at %s", broker.exchange.broker_epoch, profile.endpoint)
-            with ZmqServer(broker.exchange, profile.endpoint) as server:
+            guard.check(boottime())
+            broker = Broker(
+                profile.database,
+                guard,
+                lease_s=lease_s,
+                keep_dead_s=profile.config.keep_s("dead_letters"),
+                keep_ended_s=kept_ended_s(profile.config),
+                max_crashes=profile.config.max_crashes,
+            )
+            broker.look_after(boottime(), put=functools.partial(broker.exchange.put, boottime()))
+            with Server(broker.exchange, profile.endpoint, listen=listen, keys=keys) as server:
                 servers[:] = [server]
+                profile.note_listening(server.endpoints[1:])
+                logger.info("epoch %d: serving at %s", broker.exchange.broker_epoch, ", ".join(server.endpoints))
                 if not stopping:
                     server.run(each_turn=functools.partial(broker.look_after, put=server.put))
             broker.close()
         except (BrokerStoppedError, StoreFullError) as error:
             if broker is not None:
                 broker.abandon()
+            cause = error.__cause__
+            if isinstance(cause, sqlite3.Error) and is_damage(cause):
+                raise explain(cause, profile.database) from error
             if isinstance(error, BrokerStoppedError) and not error.full:
                 raise
-            guard.found_none(time.monotonic())
+            guard.found_none(boottime())
             logger.error(
                 "the disk that holds %s is full: everything is read from it again, and for %.0f s nothing is changed; "
                 "free some space",
@@ -252,13 +416,24 @@ def serve(profile: Profile, *, lease_s: float = LEASE_S) -> None:
     logger.info("stopped")
 
 
+def limit_resources() -> None:
+    """Memory is bounded, and there are as many files as may be: two for each client."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or hard > MEMORY_LIMIT_BYTES:
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT_BYTES, hard))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """``python -m prunus.runtime.broker --profile FOLDER``."""
     parser = argparse.ArgumentParser(prog="prunus-broker")
     parser.add_argument("--profile", type=Path, required=True)
     parser.add_argument("--lease", type=float, default=LEASE_S, help="seconds of silence after which a peer is gone")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    logs.configure(options.profile, "broker")
+    limit_resources()
     try:
         profile = Profile.load(options.profile)
         with ServiceLock(profile.lock("broker")):

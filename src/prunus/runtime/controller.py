@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Unpack, overload
 
 import msgspec
 
@@ -26,9 +26,11 @@ from prunus.errors import (
     NotDeliveredError,
     PersistenceError,
     ProcessClassNotFoundError,
+    PrunusError,
     UnroutableError,
 )
 from prunus.messaging.communicator import Broadcast, Communicator
+from prunus.persistence import requests
 from prunus.persistence.checkpoint import (
     checkpoint_as_yaml,
     decode_checkpoint,
@@ -37,7 +39,7 @@ from prunus.persistence.checkpoint import (
     encode_value,
     type_loader,
 )
-from prunus.persistence.persister import QUERY_LIMIT, Event, LogLine, Past, Query, Record
+from prunus.persistence.persister import Event, LogLine, Past, Query, Record
 from prunus.processes import Process, ProcessResult
 from prunus.processes.control import (
     DEFAULT_GRACE_S,
@@ -53,17 +55,24 @@ from prunus.processes.control import (
 )
 from prunus.processes.generics import InputsT, OutputsT
 from prunus.processes.loading import load_class
-from prunus.processes.machine import OnException
+from prunus.processes.options import BatchOptions, LaunchOptions
 from prunus.runtime.backend import Backend
+from prunus.runtime.following import WatchEvent, follow
 from prunus.runtime.launcher import NOT_HERE
 from prunus.runtime.letters import decode_answer, encode_letter
 from prunus.runtime.runner import new_process
+from prunus.runtime.selection import (
+    RECHECK_S,
+    Filters,
+    ProcessSelection,
+    ask_all,
+    is_left_aside,
+    listening,
+    query_of,
+)
 
 if TYPE_CHECKING:
     from prunus.runtime.profile import Profile
-
-RECHECK_S = 5.0
-"""Broadcasts only say "look again" and may be missed: whoever waits looks at least this often."""
 
 EVENTS_BOUND = 10_000
 """A slow reader of `events` loses the oldest ones beyond this number, and is told to look again."""
@@ -72,8 +81,9 @@ QUERY_ATTEMPTS = 50
 """How often a query looks for a process that changes hands, ..."""
 QUERY_PAUSE_S = 0.02
 """... and the pause in between."""
+JOBS_IN_A_TURN = 100
+"""So many processes are made before somebody else on the loop may run."""
 
-T = TypeVar("T")
 _NOTHING = object()
 
 
@@ -119,59 +129,79 @@ class ProcessController:
         self,
         process_class: type[Process[InputsT, OutputsT]],
         inputs: InputsT | Mapping[str, Any] | None = None,
-        *,
-        pid: str | None = None,
-        tags: Sequence[str] = (),
-        on_exception: OnException | None = None,
-        paused: str | bool = False,
-        pause_at: str | None = None,
+        **options: Unpack[LaunchOptions],
     ) -> ProcessHandle[OutputsT]: ...
     @overload
     async def launch(
-        self,
-        process_class: str,
-        inputs: Any = None,
-        *,
-        pid: str | None = None,
-        tags: Sequence[str] = (),
-        on_exception: OnException | None = None,
-        paused: str | bool = False,
-        pause_at: str | None = None,
+        self, process_class: str, inputs: Any = None, **options: Unpack[LaunchOptions]
     ) -> ProcessHandle: ...
     async def launch(
-        self,
-        process_class: type[Process[Any, Any]] | str,
-        inputs: Any = None,
-        *,
-        pid: str | None = None,
-        tags: Sequence[str] = (),
-        on_exception: OnException | None = None,
-        paused: str | bool = False,
-        pause_at: str | None = None,
+        self, process_class: type[Process[Any, Any]] | str, inputs: Any = None, **options: Unpack[LaunchOptions]
     ) -> ProcessHandle[Any]:
         """Have a process run by the workers; returns when it would survive a power cut (G1).
 
-        `inputs` is a mapping or the class's ``Inputs``. With a `pid` that exists already nothing is launched again
-        and the handle is that process's (G6). `on_exception` is ``"fail"`` or ``"pause"``, if not as the class says.
-        With `paused` (True, or the reason) it waits for a `play` before its first step; with `pause_at` it pauses
-        before that step.
+        `inputs` is a mapping or the class's ``Inputs``. The `options` (see `prunus.processes.options`):
 
-        Raises `InvalidInputError` (naming every wrong port), `UnsavableValueError` and `ProcessClassNotFoundError`
-        before anything is sent, `StoreFullError` if the broker's disk is full.
+        - ``pid``, ``key``: if a process with that pid exists, or one with that key is kept, in whatever state, nothing
+          is launched and the handle is that process's (G6).
+        - ``tags``, ``queue``, ``priority``, ``resources``, ``on_exception``: if not as the class says.
+        - ``paused`` (True, or the reason): it waits for a `play` before its first step; ``pause_at``: it pauses before
+          the step of this name.
+        - ``parent`` makes it a child of that process, which does not wait for it; ``parent_close`` says whether it is
+          killed with it (``"kill"``) or not (``"abandon"``).
+
+        Raises `InvalidInputError` (naming every wrong port), `UnsavableValueError`, `ProcessClassNotFoundError` and
+        `ValueError` (a wrong option) before anything is sent, `UnknownResourceError`, `InvalidStateError` if the parent
+        has ended, `StoreFullError` if the broker's disk is full.
         """
-        if isinstance(process_class, str):
-            process_class = load_class(process_class)
-        process = process_class(inputs, pid=pid, tags=tags, on_exception=on_exception)
-        if paused:
-            process.receive(Pause(None if paused is True else paused))
-        if pause_at is not None:
-            process.receive(PauseAt(pause_at))
-        if load_class(process.class_id) is not process_class:
-            raise ProcessClassNotFoundError(
-                process.class_id, "another class goes by this name, and workers would find that one; rename one of them"
-            )
-        await self._backend.persister.create(new_process(process))
-        return ProcessHandle(process.pid, self)
+        process = _new(process_class, inputs, options)
+        if process.parent is not None:
+            await self._expect_living_parent(process.parent)
+        created = await self._backend.persister.create(new_process(process))
+        handle = ProcessHandle[Any](created.pid, self)
+        if process.parent is not None and created.is_new and process.parent_close == "kill":
+            parent = await self._backend.persister.load(process.parent)
+            if parent.state == "killed":  # and could not know of this child
+                await handle.kill("its parent was killed")
+        return handle
+
+    @overload
+    async def launch_many(
+        self,
+        jobs: Iterable[
+            tuple[type[Process[InputsT, OutputsT]], InputsT | Mapping[str, Any] | None]
+            | tuple[type[Process[InputsT, OutputsT]], InputsT | Mapping[str, Any] | None, LaunchOptions]
+        ],
+        **options: Unpack[BatchOptions],
+    ) -> list[ProcessHandle[OutputsT]]: ...
+    @overload
+    async def launch_many(self, jobs: Iterable[Job], **options: Unpack[BatchOptions]) -> list[ProcessHandle]: ...
+    async def launch_many(self, jobs: Iterable[Any], **options: Unpack[BatchOptions]) -> list[ProcessHandle[Any]]:
+        """Launch many processes at the price of few: ``[(Relax, inputs), ...]``; their handles, in that order.
+
+        `options` are for all of them. A job may have options of its own as a third item: ``(Relax, inputs, {"key":
+        "Cu-1"})``. Everything is checked before anything is sent (and `launch` says what is raised then, with the
+        number of the job); after that they go in batches, each of which is launched whole or not at all. If one fails,
+        those before it may run: with a ``pid`` or ``key`` each, all of it can simply be said again.
+        """
+        made: list[requests.Request] = []
+        for number, (process_class, inputs, *own) in enumerate(jobs):
+            try:
+                process = _new(process_class, inputs, {**options, **(own[0] if own else {})})
+                if process.parent is not None:
+                    raise ValueError("children are launched one by one, or submitted by their parent")
+                made.append(requests.CreateRequest(new_process(process)))
+            except (PrunusError, ValueError, TypeError) as error:
+                error.add_note(f"(job number {number})")
+                raise
+            if number % JOBS_IN_A_TURN == JOBS_IN_A_TURN - 1:
+                await asyncio.sleep(0)
+        answers = await ask_all(self._backend.communicator, made)
+        for number, created in enumerate(answers):
+            if isinstance(created, Exception):
+                created.add_note(f"(job number {number})")
+                raise created
+        return [ProcessHandle[Any](created.pid, self) for created in answers]
 
     def handle(self, pid: str) -> ProcessHandle:
         """The process `pid`; nothing is asked or checked yet."""
@@ -181,17 +211,26 @@ class ProcessController:
         """The processes that match, newest first."""
         return await self._backend.persister.query(query or Query())
 
+    def processes(self, **filters: Unpack[Filters]) -> ProcessSelection:
+        """The processes that match, to look at or to act on all of them (see `prunus.runtime.selection`)::
+
+            await controller.processes(state="waiting", tag="demo", older_than=3600).pause()
+
+        Nothing is asked yet. Ages count from now. Raises `ValueError` for what can't be meant.
+        """
+        return ProcessSelection(self, query_of(filters, time.time()), filters.get("root"))
+
     async def pause_all(self, reason: str | None = None) -> list[str]:
-        """Pause every process that is playing; returns their pids when all are paused or ended."""
-        return await self._tell_all(Pause(reason=reason), Query(unfinished=True, play="playing", limit=QUERY_LIMIT))
+        """Pause every process that is playing; the pids of those that know."""
+        return (await self.processes(unfinished=True, paused=False).pause(reason, quiesced=False)).done
 
     async def play_all(self) -> list[str]:
         """Play every paused process."""
-        return await self._tell_all(Play(), Query(unfinished=True, play="paused", limit=QUERY_LIMIT))
+        return (await self.processes(unfinished=True, paused=True).play()).done
 
     async def kill_all(self, message: str | None = None, *, force: bool = False) -> list[str]:
         """Kill every process that has not ended."""
-        return await self._tell_all(Kill(message=message, force=force), Query(unfinished=True, limit=QUERY_LIMIT))
+        return (await self.processes(unfinished=True).kill(message, force=force)).done
 
     @contextlib.asynccontextmanager
     async def events(self, pid: str | None = None) -> AsyncIterator[AsyncIterator[ProcessEvent]]:
@@ -202,17 +241,16 @@ class ProcessController:
         """
         stream = _EventStream()
 
-        async def heard(broadcast: Broadcast) -> None:
+        def heard(broadcast: Broadcast) -> None:
             stream.put(ProcessEvent(broadcast.sender, broadcast.subject or ""))
 
-        communicator = self._backend.communicator
-        forget = communicator.on_reconnect(lambda: stream.put(MISSED))
-        subscription = await communicator.add_broadcast_subscriber(heard, sender=pid)
-        try:
+        async with listening(self._backend.communicator, heard, lambda: stream.put(MISSED), pid):
             yield stream
-        finally:
-            forget()
-            await subscription.cancel()
+
+    @property
+    def communicator(self) -> Communicator:
+        """What it speaks through: for tasks, questions and broadcasts of your own."""
+        return self._backend.communicator
 
     async def broker_statistics(self) -> dict[str, Any]:
         """Counts of the broker's sessions, queues and processes, as plain data."""
@@ -248,12 +286,8 @@ class ProcessController:
         if not posted.seq:
             return await persister.load(pid), 0
 
-        def is_left_aside(row: Record) -> bool:
-            # Somebody looked at it after the letter was there (a kill needs no more than that), and could not go on.
-            return row.aside is not None and row.owner is None and row.epoch > posted.epoch
-
         record = await self._until(
-            pid, lambda row: row.is_terminal or row.inbox_done >= posted.seq or is_left_aside(row)
+            pid, lambda row: row.is_terminal or row.inbox_done >= posted.seq or is_left_aside(row, posted)
         )
         if not record.is_terminal and record.inbox_done < posted.seq:
             raise InvalidStateError("set aside", f"continued first (`prunus retry {pid}`): {record.aside}")
@@ -264,16 +298,12 @@ class ProcessController:
         record, seq = await self._tell(pid, message)
         answer = await self._backend.persister.reply(pid, seq) if seq else None
         if answer is None:
-            raise InvalidStateError(record.state, f"not ended, to be told {message.type!r}")
+            raise InvalidStateError(record.state, f"alive to be told {message.type!r}")
         return decode_answer(answer, self._load_type)
 
     async def _until_quiet(self, pid: str) -> None:
         """Wait until every descendant of `pid` has dealt with what its parent told it, and runs no step."""
-        children: list[Record] = []
-        while page := await self.find(
-            Query(parent=pid, unfinished=True, limit=QUERY_LIMIT, before=children[-1].pid if children else None)
-        ):
-            children += page
+        children = await self.processes(parent=pid, unfinished=True).records()
 
         async def quiet(child: Record) -> None:
             told = (await self._backend.persister.load(child.pid)).inbox_last
@@ -302,21 +332,10 @@ class ProcessController:
         checkpoint = decode_checkpoint(data)
         return load_class(checkpoint.class_id).restore(checkpoint.snapshot(self._load_type))
 
-    async def _tell_all(self, message: Message, query: Query) -> list[str]:
-        told: list[str] = []
-        rows: list[Record] = []
-        while page := await self.find(msgspec.structs.replace(query, before=rows[-1].pid if rows else None)):
-            rows += page
-
-        async def tell(pid: str) -> None:
-            with contextlib.suppress(InvalidStateError, PersistenceError):  # it ended or was set aside meanwhile
-                await self._tell(pid, message)
-                told.append(pid)
-
-        async with asyncio.TaskGroup() as group:
-            for row in rows:
-                group.create_task(tell(row.pid))
-        return told
+    async def _expect_living_parent(self, pid: str) -> None:
+        parent = await self._backend.persister.load(pid)
+        if parent.is_terminal:
+            raise InvalidStateError(parent.state, "alive to get a child")
 
 
 class ProcessHandle(Generic[OutputsT]):
@@ -363,7 +382,7 @@ class ProcessHandle(Generic[OutputsT]):
         if quiesced and not record.is_terminal:
             record = await self._controller._until(self.pid, lambda row: row.is_terminal or row.play != "pausing")
         if record.is_terminal and (not seq or not cascade):
-            raise InvalidStateError(record.state, "not ended, to be paused")
+            raise InvalidStateError(record.state, "alive to be paused")
         if quiesced and cascade:
             await self._controller._until_quiet(self.pid)
 
@@ -376,7 +395,7 @@ class ProcessHandle(Generic[OutputsT]):
             await self._controller._tell(self.pid, PauseAt(pause_at))
         record, seq = await self._controller._tell(self.pid, Play(cascade=cascade))
         if record.is_terminal and not seq:  # (else it has ended since)
-            raise InvalidStateError(record.state, "not ended, to be played")
+            raise InvalidStateError(record.state, "alive to be played")
 
     async def kill(self, message: str | None = None, *, force: bool = False, grace_s: float = DEFAULT_GRACE_S) -> None:
         """End it, and its children (unless they were submitted with another ``parent_close``).
@@ -386,8 +405,10 @@ class ProcessHandle(Generic[OutputsT]):
         another way before.
         """
         record, _ = await self._controller._tell(self.pid, Kill(message, force=force, grace_s=grace_s))
+        if not record.is_terminal:  # it has a last step to take
+            record = await self._controller._until(self.pid, lambda row: row.is_terminal or row.aside is not None)
         if record.state != "killed":
-            raise InvalidStateError(record.state, "not ended, to be killed")
+            raise InvalidStateError(record.state, "alive to be killed")
 
     async def resume(self, value: Any = _NOTHING) -> None:
         """Continue a process that is suspended, with `value` if one is given.
@@ -413,7 +434,7 @@ class ProcessHandle(Generic[OutputsT]):
             self.pid, name, body, sender=self._controller._backend.communicator.session, at=time.time()
         )
         if not posted.seq:
-            raise InvalidStateError(posted.state, f"not ended, to get the message {name!r}")
+            raise InvalidStateError(posted.state, f"alive to get the message {name!r}")
 
     async def query(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
         """Ask one of the ``@query`` methods of its class.
@@ -448,7 +469,7 @@ class ProcessHandle(Generic[OutputsT]):
             kwargs, args = process_class.read_arguments(name, args, kwargs), ()
         return await self._controller._ask(self.pid, Update(name, list(args), kwargs))
 
-    async def edit_context(self, **values: Any) -> None:
+    async def edit_context(self, /, **values: Any) -> None:
         """Set these names in the context of a work chain, between two of its steps; its history says so.
 
         Raises `InvalidStateError` if it has ended or is no work chain.
@@ -470,11 +491,12 @@ class ProcessHandle(Generic[OutputsT]):
         """The steps from which a new process can be forked: the newest ones, the oldest first."""
         return await self._persister.past(self.pid)
 
-    async def fork(self, at: str, *, pid: str | None = None, **changed_context: Any) -> ProcessHandle:
+    async def fork(self, at: str, *, pid: str | None = None, **changed_context: Any) -> ProcessHandle[OutputsT]:
         """Start a new process that goes on from where this one was about to take the step `at`, the last time.
 
-        It has the inputs, the outputs and the context of that moment, the context with `changed_context`. Raises
-        `InvalidStateError` if no such step is on record.
+        It has the queue, the priority and the resources of this one (and no key), and the inputs, the outputs and the
+        context of that moment, the context with `changed_context`. Raises `InvalidStateError` if no such step is on
+        record.
         """
         controller = self._controller
         past = await self.steps()
@@ -492,9 +514,39 @@ class ProcessHandle(Generic[OutputsT]):
         """The lines of its log: those after number `after`, or the `last` ones; the oldest first."""
         return await self._persister.log(self.pid, after=after, last=last)
 
-    async def history(self) -> Sequence[Event]:
-        """What happened to it, oldest first."""
-        return await self._persister.history(self.pid)
+    async def history(self, after: int = 0) -> Sequence[Event]:
+        """What happened to it, oldest first; only the events with a number above `after`, if that is given."""
+        return await self._persister.history(self.pid, after)
+
+    async def watch(self, *, after: int = 0, tree: bool = False) -> AsyncIterator[WatchEvent]:
+        """Everything that happens to it, from its past (the events with a number above `after`) through now, as it
+        happens: each event exactly once, in order, whatever the connection and the broker do meanwhile::
+
+            async for event in handle.watch():
+                print(event.subject, event.step)
+
+        It ends after the event that ends the process. (A `retry` later begins another life of it, which is watched
+        from here on: ``watch(after=event.seq)``; what lies in the past already is told through all its lives.) With
+        `tree` the events of its descendants are in between, each process's in order, and it ends when all of them have
+        ended. Raises `CheckpointNotFoundError` if there is no such process (any more).
+        """
+        async with contextlib.aclosing(follow(self._controller.communicator, self.pid, after, tree=tree)) as events:
+            async for event in events:
+                yield event
+
+    async def children(self) -> list[ProcessHandle]:
+        """Its children, in the order in which they were made. To act on them: ``controller.processes(parent=pid)``."""
+        return (await self._controller.processes(parent=self.pid).handles())[::-1]
+
+    async def parent(self) -> ProcessHandle | None:
+        """The process that submitted it; None if nobody did."""
+        parent = (await self.record()).parent
+        return None if parent is None else ProcessHandle(parent, self._controller)
+
+    async def delete(self) -> None:
+        """Forget it, with all that belongs to it. Raises `InvalidStateError` unless it has ended and nobody waits for
+        it."""
+        await self._persister.delete(self.pid)
 
     async def outcome(self) -> ProcessResult[OutputsT] | None:
         """Its result, also of a killed or excepted process; None if it has not ended."""
@@ -511,22 +563,17 @@ class ProcessHandle(Generic[OutputsT]):
 
 
 @contextlib.asynccontextmanager
-async def connect(profile: Profile | Path | str | None = None) -> AsyncIterator[ProcessController]:
-    """A controller of the daemon of a profile: the given one, or that of this folder or user.
+async def connect(
+    profile: Profile | Path | str | None = None, *, key: Path | str | None = None
+) -> AsyncIterator[ProcessController]:
+    """A controller of the daemon of a profile: the given one, or that of this folder or user; or, with the file of a
+    `key`, of the daemon on a network that the key is for.
 
-    Raises `ProfileError` and `ConnectionLostError` (no daemon runs).
+    Raises `ProfileError`, `ConnectionLostError` (no daemon runs) and `KeyRefusedError`.
     """
-    from prunus.messaging.zeromq import connect_zmq
-    from prunus.runtime.profile import Profile
+    from prunus.runtime.connecting import communicator
 
-    match profile:
-        case None:
-            where = Profile.find()
-        case Profile():
-            where = profile
-        case _:
-            where = Profile.find(profile)
-    controller = ProcessController(await connect_zmq(where.endpoint, name="controller"))
+    controller = ProcessController(await communicator(profile, key=key, name="controller"))
     try:
         yield controller
     finally:
@@ -538,143 +585,25 @@ def _result(record: Record) -> ProcessResult:
     return ProcessResult.from_data(decode_data(record.result))
 
 
-# --- the blocking face ------------------------------------------------------------------------------
+Job = tuple[type[Process[Any, Any]] | str, Any] | tuple[type[Process[Any, Any]] | str, Any, LaunchOptions]
+"""What `ProcessController.launch_many` launches: a class, its inputs, and options of its own."""
 
 
-class BlockingController:
-    """`ProcessController` for scripts: the same names, every call blocks until the answer is there."""
-
-    def __init__(self, controller: ProcessController, call: Callable[..., Any]) -> None:
-        self._controller = controller
-        self._call = call
-
-    @overload
-    def launch(
-        self,
-        process_class: type[Process[InputsT, OutputsT]],
-        inputs: InputsT | Mapping[str, Any] | None = None,
-        *,
-        pid: str | None = None,
-        tags: Sequence[str] = (),
-        on_exception: OnException | None = None,
-        paused: str | bool = False,
-        pause_at: str | None = None,
-    ) -> BlockingHandle[OutputsT]: ...
-    @overload
-    def launch(
-        self,
-        process_class: str,
-        inputs: Any = None,
-        *,
-        pid: str | None = None,
-        tags: Sequence[str] = (),
-        on_exception: OnException | None = None,
-        paused: str | bool = False,
-        pause_at: str | None = None,
-    ) -> BlockingHandle: ...
-    def launch(
-        self, process_class: type[Process[Any, Any]] | str, inputs: Any = None, **options: Any
-    ) -> BlockingHandle[Any]:
-        """See `ProcessController.launch` for the options."""
-        handle = self._call(lambda: self._controller.launch(process_class, inputs, **options))
-        return BlockingHandle(handle, self._call)
-
-    def handle(self, pid: str) -> BlockingHandle:
-        return BlockingHandle(self._controller.handle(pid), self._call)
-
-    def pause_all(self, reason: str | None = None) -> list[str]:
-        pids: list[str] = self._call(lambda: self._controller.pause_all(reason))
-        return pids
-
-    def play_all(self) -> list[str]:
-        pids: list[str] = self._call(self._controller.play_all)
-        return pids
-
-    def kill_all(self, message: str | None = None, *, force: bool = False) -> list[str]:
-        pids: list[str] = self._call(lambda: self._controller.kill_all(message, force=force))
-        return pids
-
-    def find(self, query: Query | None = None) -> Sequence[Record]:
-        rows: Sequence[Record] = self._call(lambda: self._controller.find(query))
-        return rows
-
-
-class BlockingHandle(Generic[OutputsT]):
-    """`ProcessHandle` for scripts."""
-
-    def __init__(self, handle: ProcessHandle[OutputsT], call: Callable[..., Any]) -> None:
-        self._handle = handle
-        self._call = call
-        self.pid = handle.pid
-
-    def record(self) -> Record:
-        row: Record = self._call(self._handle.record)
-        return row
-
-    def until(self, holds: Callable[[Record], bool], timeout_s: float | None = None) -> Record:
-        row: Record = self._call(lambda: self._handle.until(holds, timeout_s))
-        return row
-
-    def outcome(self) -> ProcessResult[OutputsT] | None:
-        outcome: ProcessResult[OutputsT] | None = self._call(self._handle.outcome)
-        return outcome
-
-    def steps(self) -> Sequence[Past]:
-        past: Sequence[Past] = self._call(self._handle.steps)
-        return past
-
-    def result(self, timeout_s: float | None = None) -> ProcessResult[OutputsT]:
-        result: ProcessResult[OutputsT] = self._call(lambda: self._handle.result(timeout_s))
-        return result
-
-    def pause(
-        self, reason: str | None = None, *, quiesced: bool = True, cascade: bool = False, at: str | None = None
-    ) -> None:
-        self._call(lambda: self._handle.pause(reason, quiesced=quiesced, cascade=cascade, at=at))
-
-    def play(self, *, cascade: bool = False, pause_at: str | None = None) -> None:
-        self._call(lambda: self._handle.play(cascade=cascade, pause_at=pause_at))
-
-    def kill(self, message: str | None = None, *, force: bool = False, grace_s: float = DEFAULT_GRACE_S) -> None:
-        self._call(lambda: self._handle.kill(message, force=force, grace_s=grace_s))
-
-    def resume(self, value: Any = _NOTHING) -> None:
-        self._call(lambda: self._handle.resume(value))
-
-    def send(self, name: str, value: Any = None) -> None:
-        self._call(lambda: self._handle.send(name, value))
-
-    def query(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
-        return self._call(lambda: self._handle.query(name, *args, **kwargs))
-
-    def update(self, name: str, /, *args: Any, **kwargs: Any) -> Any:
-        return self._call(lambda: self._handle.update(name, *args, **kwargs))
-
-    def edit_context(self, **values: Any) -> None:
-        self._call(lambda: self._handle.edit_context(**values))
-
-    def settle(self, value: Any = None) -> None:
-        self._call(lambda: self._handle.settle(value))
-
-    def retry(self) -> None:
-        self._call(self._handle.retry)
-
-    def fork(self, at: str, *, pid: str | None = None, **changed_context: Any) -> BlockingHandle:
-        return BlockingHandle(self._call(lambda: self._handle.fork(at, pid=pid, **changed_context)), self._call)
-
-    def log(self, *, after: int = 0, last: int | None = None) -> Sequence[LogLine]:
-        lines: Sequence[LogLine] = self._call(lambda: self._handle.log(after=after, last=last))
-        return lines
-
-    def history(self) -> Sequence[Event]:
-        events: Sequence[Event] = self._call(self._handle.history)
-        return events
-
-
-@contextlib.contextmanager
-def connect_sync(profile: Profile | Path | str | None = None) -> Iterator[BlockingController]:
-    """`connect` for scripts without an event loop: it runs in a thread of its own."""
-    from anyio.from_thread import start_blocking_portal
-
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(connect(profile)) as controller:
-        yield BlockingController(controller, portal.call)
+def _new(process_class: type[Process[Any, Any]] | str, inputs: Any, options: LaunchOptions) -> Process[Any, Any]:
+    """The process that is to be launched; raises as `ProcessController.launch` does before anything is sent."""
+    if isinstance(process_class, str):
+        process_class = load_class(process_class)
+    said: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    paused, pause_at = said.pop("paused", False), said.pop("pause_at", None)
+    if said.get("parent_close") == "wait" and "parent" in said:
+        raise ValueError('parent_close="wait": only the parent itself can wait for a child; it would have to submit it')
+    process = process_class(inputs, **said)
+    if paused:
+        process.receive(Pause(None if paused is True else paused))
+    if pause_at is not None:
+        process.receive(PauseAt(pause_at))
+    if load_class(process.class_id) is not process_class:
+        raise ProcessClassNotFoundError(
+            process.class_id, "another class goes by this name, and workers would find that one; rename one of them"
+        )
+    return process

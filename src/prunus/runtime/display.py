@@ -23,7 +23,7 @@ from rich.tree import Tree
 
 from prunus.errors import PrunusError
 from prunus.persistence.checkpoint import decode_checkpoint
-from prunus.persistence.persister import Event, LogLine, Record
+from prunus.persistence.persister import DEFAULT_QUEUE, Event, LogLine, Record
 from prunus.processes import waits
 
 UUID_LENGTH = 36
@@ -51,6 +51,10 @@ _STYLES = {
 }
 _GLYPHS = {"created": "○", "running": "●", "waiting": "◌", "finished": "✓", "excepted": "✗", "killed": "✗"}
 _PLAIN_GLYPHS = {"created": ".", "running": ">", "waiting": "-", "finished": "+", "excepted": "x", "killed": "x"}
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What a terminal would obey."""
+_CONTROL_OR_LINE = re.compile(rf"{CONTROL.pattern}|[\t\n]")
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,11 @@ class Trouble:
     """What a person can do."""
 
 
-def console(*, stderr: bool = False) -> Console:
-    """Where to print to: as wide as the text needs if it is not a terminal."""
+def console(*, stderr: bool = False, uncut: bool = False) -> Console:
+    """Where to print to: as wide as the text needs if it is not a terminal; and if it is one, but nothing shall be cut
+    (`uncut`): then it breaks the lines."""
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else UNBOUNDED_WIDTH
+    width = None if stream.isatty() and not uncut else UNBOUNDED_WIDTH
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=width is not None)
 
 
@@ -129,7 +134,7 @@ def peer(session: str | None) -> str:
 
 
 def class_name(class_id: str) -> str:
-    return class_id.rpartition(":")[2]
+    return plain(class_id.rpartition(":")[2])
 
 
 def span(seconds: float) -> str:
@@ -147,8 +152,33 @@ def span(seconds: float) -> str:
     return f"{hours} h {minutes} min" if days == 0 else f"{days} d {hours} h"
 
 
+def about(seconds: float) -> str:
+    """The same in one unit where the second one does not matter: tables are narrow."""
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    if 10 <= minutes < 60:
+        return f"{minutes} min"
+    return f"{hours} h" if 10 <= hours < 24 else span(seconds)
+
+
+def duration(seconds: float) -> str:
+    """The same, and milliseconds where they matter."""
+    return f"{max(0.0, seconds) * 1000:.0f} ms" if seconds < 0.1 else span(seconds)
+
+
+def count(number: int, noun: str) -> str:
+    """``2 workers``, ``1 process``."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number} {noun}{'' if number == 1 else plural}"
+
+
 def moment(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
+
+
+def clock(at: float, now: float) -> str:
+    """A moment without its date, if it was today."""
+    text = moment(at)
+    return text[11:] if text[:10] == moment(now)[:10] else text
 
 
 def lifetime(record: Record, now: float) -> str:
@@ -158,7 +188,7 @@ def lifetime(record: Record, now: float) -> str:
 
 def state(record: Record, now: float | None = None) -> Text:
     """Its state, and what keeps it from going on; with `now` also how long its timer has to go."""
-    text = Text(record.state, _STYLES.get(record.state, ""))
+    text = _line("").append(record.state, _STYLES.get(record.state, ""))
     if record.is_terminal:
         return text
     if record.aside is not None:
@@ -166,16 +196,16 @@ def state(record: Record, now: float | None = None) -> Text:
     if record.play != "playing":
         return text.append(f", {record.play}", "yellow")
     if now is not None and record.wake_at is not None:
-        text.append(f", wakes in {span(record.wake_at - now)}")
+        text.append(f", wakes in {about(record.wake_at - now)}")
     return text
 
 
 def situation(record: Record) -> str:
     """What it says of itself, or why it does not go on. It changes only if the row does."""
     if record.aside is not None and not record.is_terminal:
-        return _one_line(record.aside)
+        return one_line(record.aside)
     if record.status:
-        return _one_line(record.status)
+        return one_line(record.status)
     if not record.is_terminal and (record.waits or record.names):
         return f"waits for {awaited(msgspec.structs.replace(record, wake_at=None), 0.0)}"
     return ""
@@ -253,14 +283,15 @@ def still_to_begin(record: Record) -> int:
 def progress_text(record: Record) -> str:
     """What its running step says of itself: ``40 % relaxing``."""
     parts = [] if record.progress is None else [f"{record.progress:.0%}"]
-    return " ".join([*parts, *([record.detail] if record.detail else [])])
+    return " ".join([*parts, *([one_line(record.detail)] if record.detail else [])])
 
 
 def progress_bar(record: Record, *, utf8: bool) -> str:
     """The same as a picture."""
     if record.progress is None:
-        return record.detail or ""
-    return " ".join(filter(None, [bar(record.progress, utf8=utf8), f"{record.progress:.0%}", record.detail]))
+        return one_line(record.detail or "")
+    detail = one_line(record.detail or "")
+    return " ".join(filter(None, [bar(record.progress, utf8=utf8), f"{record.progress:.0%}", detail]))
 
 
 def bar(part: float, *, utf8: bool) -> str:
@@ -289,12 +320,11 @@ def children_text(family: Family) -> str:
     return f"{ended} of {total} ended{f', {failed} excepted' if failed else ''}"
 
 
-def log_line(line: LogLine) -> str:
-    """One line of a process's log."""
+def log_line(line: LogLine, who: str = "") -> str:
+    """One line of a process's log; `who` said it, if there are several."""
     where = "  ".join(filter(None, [line.step, line.source]))
-    return (
-        f"{moment(line.at)}  {line.level:<8}{f'[{where}]  ' if where else ''}{without_our_frames(line.text).rstrip()}"
-    )
+    said = plain(f"{f'[{where}]  ' if where else ''}{without_our_frames(line.text).rstrip()}", lines=True)
+    return f"{moment(line.at)}  {f'{who}  ' if who else ''}{line.level:<8}{said}"
 
 
 def without_our_frames(traceback: str) -> str:
@@ -306,19 +336,33 @@ def without_our_frames(traceback: str) -> str:
     return f"{head}{begin}{rest[frames.end() :]}"
 
 
-def process_table(records: Sequence[Record], now: float) -> Table:
-    """One row a process; children are below their parent, if it is among the rows, the oldest first."""
-    table = plain_table("pid", "class", "state", "step", "status", "age", elastic="status")
-    present = {record.pid for record in records}
+def process_table(
+    records: Sequence[Record], now: float, *, nested: bool = True, wide: bool = False, utf8: bool = True
+) -> Table:
+    """One row a process. If `nested`, children are below their parent if it is among the rows, the oldest first.
+
+    Queues and priorities have columns if one of the processes has others than most have; `wide` adds tags, keys and
+    workers, and shows pids and classes in full.
+    """
+    has_queues = wide or any(record.queue != DEFAULT_QUEUE for record in records)
+    has_priorities = wide or any(record.priority for record in records)
+    columns = ["pid", "class", "state", *["queue"] * has_queues, *["priority"] * has_priorities, "step", "status"]
+    table = plain_table(*columns, *["tags", "key", "worker"] * wide, "age", elastic=("class", "state", "status"))
+    for column in table.columns:
+        if column.header == "priority":
+            column.justify = "right"
+    present = {record.pid for record in records} if nested else set()
     children: dict[str | None, list[Record]] = {}
     for record in records:
         children.setdefault(record.parent if record.parent in present else None, []).append(record)
 
     def add(record: Record, depth: int) -> None:
-        name = "  " * depth + class_name(record.class_id)
-        step = "" if record.is_terminal else record.step or ""
-        age = span(now - record.created_at)
-        table.add_row(short(record.pid), name, state(record, now), step, _line(situation(record)), age)
+        name = "  " * depth + (record.class_id if wide else class_name(record.class_id))
+        cells: list[str | Text] = [record.pid if wide else short(record.pid), _line(name), state(record, now)]
+        cells += [record.queue] * has_queues + [str(record.priority or "-")] * has_priorities
+        cells += ["" if record.is_terminal else record.step or "", _line(what_of(record, utf8=utf8))]
+        cells += [", ".join(record.tags), record.key or "", peer(record.owner)] * wide
+        table.add_row(*cells, span(now - record.created_at))
         for child in reversed(children.get(record.pid, ())):
             add(child, depth + 1)
 
@@ -327,14 +371,26 @@ def process_table(records: Sequence[Record], now: float) -> Table:
     return table
 
 
-def plain_table(*columns: str, elastic: str | None = None) -> Table:
+def what_of(record: Record, *, utf8: bool) -> str:
+    """What there is to say beside its state: how far its running step is, or its situation."""
+    told = situation(record)
+    if record.state == "running" and record.aside is None and (record.progress is not None or record.detail):
+        return "  ".join(filter(None, [progress_bar(record, utf8=utf8), told]))
+    return told
+
+
+def plain_table(*columns: str, elastic: str | Sequence[str] | None = None) -> Table:
     """A table without lines that would only be in the way of `grep` and `cut`.
 
-    On a terminal that is too narrow the column `elastic` gives way.
+    On a terminal that is too narrow the columns `elastic` give way, the widest first, down to their titles.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    give_way = (elastic,) if isinstance(elastic, str) else elastic or ()
     for column in columns:
-        table.add_column(column, no_wrap=column != elastic, overflow="fold" if column == elastic else "ellipsis")
+        if column in give_way:
+            table.add_column(column, overflow="fold", min_width=len(column))
+        else:
+            table.add_column(column, no_wrap=True, overflow="ellipsis")
     return table
 
 
@@ -361,7 +417,7 @@ def history_table(events: Sequence[Event]) -> Table:
         claims = claims + 1 if event.subject == "claimed" else 0
         if claims and after is not None and after.subject == "claimed":
             continue
-        note = f"the last of {claims} times" if claims > 1 else _one_line(event.note or "")
+        note = f"the last of {claims} times" if claims > 1 else one_line(event.note or "")
         table.add_row(moment(event.at), span(event.at - before), event.subject, event.step or "", peer(event.by), note)
         before = event.at
     return table
@@ -451,7 +507,7 @@ def trouble_text(trouble: Trouble) -> Text:
     """Which process does not go on, why, and what to do."""
     record = trouble.record
     what = "is set aside" if record.aside is not None else f"is {record.play}"
-    why = f": {_one_line(trouble.why)}" if trouble.why else ""
+    why = f": {one_line(trouble.why)}" if trouble.why else ""
     return Text.assemble(f"{short(record.pid)} {what}{why}\n", (f"-> {trouble.advice}", "bold"))
 
 
@@ -487,10 +543,26 @@ def record_as_data(record: Record) -> dict[str, Any]:
     return {name: getattr(record, name) for name in record.__struct_fields__ if name not in hidden}
 
 
+def family_as_data(family: Family) -> dict[str, Any]:
+    """A process for programs, with its children in it."""
+    return record_as_data(family.record) | {
+        "children": [family_as_data(child) for child in family.children],
+        "children_to_come": family.to_come,
+        "children_not_read": family.unread,
+    }
+
+
 def _line(text: str) -> Text:
     """One line, cut where the terminal ends."""
     return Text(text, no_wrap=True, overflow="ellipsis")
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def plain(text: str, *, lines: bool = False) -> str:
+    """The text without anything that a terminal would obey; with `lines` its ends of lines and tabs stay."""
+    pattern = CONTROL if lines else _CONTROL_OR_LINE
+    return pattern.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str) -> str:
+    """The text without its line breaks, and without anything that a terminal would obey."""
+    return plain(" ".join(text.split()))

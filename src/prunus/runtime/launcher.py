@@ -3,6 +3,9 @@
 A process that can't be continued (its class is gone, its checkpoint is damaged or newer than this Prunus) is
 set aside with the reason: it is neither lost nor tried again and again. `prunus doctor` lists it, `prunus retry`
 continues it once the cause is mended.
+
+A *suspect* is one step away from being set aside because its workers died: its step runs on a worker that has no other
+suspect in hand, so that only the guilty one is there when that happens once more.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from prunus.errors import (
@@ -35,30 +38,47 @@ from prunus.errors import (
 from prunus.messaging.communicator import Broadcast, IncomingTask
 from prunus.persistence import requests
 from prunus.persistence.checkpoint import decode_checkpoint, decode_data, encode_data, type_loader
-from prunus.persistence.persister import Claim, Event, Letter, Save, Tell
+from prunus.persistence.persister import Claim, Event, Letter, Record, Save, Tell
 from prunus.processes import Process, ProcessResult, ProcessState
 from prunus.processes.control import Kill
 from prunus.processes.loading import load_class
-from prunus.runtime.backend import Backend
+from prunus.runtime.backend import CONTROL_LANE, Backend
 from prunus.runtime.letters import decode_letter, encode_answer, encode_letter
 from prunus.runtime.runner import Runner
 
 logger = logging.getLogger(__name__)
 
+OWN_MODULES = "prunus.*"
+"""Processes of Prunus itself (`prunus.runtime.schedules`) are always allowed."""
 NOT_HERE = b""
 """The answer of a worker that does not hold the process (any more)."""
+APART = "workers died in its step, and in that of another process that runs here now"
+"""Why a worker does not take a process just now."""
+UNFIT_PAUSE_S = 0.25
+"""So long a slot is busy with a process whose next step does not fit into what is left of this worker's time. It goes
+back untouched, is offered a little later, first to the worker with the most free slots, and could be here again."""
 
 
 class Launcher:
     """The task handler of a worker."""
 
-    def __init__(self, backend: Backend, *, modules: Sequence[str] = ("*",)) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        modules: Sequence[str] = ("*",),
+        may_begin: Callable[[Process], bool] | None = None,
+    ) -> None:
+        """`may_begin` says whether the next step of a process may begin here (None: each)."""
         self._backend = backend
-        self._modules = tuple(modules)
+        self._may_begin = may_begin
+        self._modules = (*modules, OWN_MODULES)
         self._load_type = type_loader(modules)
         self._stopping = False
         self.runners: dict[str, Runner] = {}
         """The processes that this worker holds now, by pid."""
+        self._suspect: IncomingTask | None = None
+        """The task of the one that is in hand."""
         self._nudges = 0
         """How many were heard: a process that is claimed just now has no runner yet that would hear its own."""
 
@@ -105,24 +125,66 @@ class Launcher:
             raise TaskRejectedError(str(ShuttingDownError("worker")))
         backend, nudges = self._backend, self._nudges
         try:
-            claim = await backend.persister.claim(pid, backend.communicator.session, at=time.time())
+            if self._may_begin is not None and task.queue != CONTROL_LANE:
+                await self._leave_what_does_not_fit(pid, self._may_begin)
+            may_step = task.queue != CONTROL_LANE
+            if may_step and (task.attempt > 1 or self._has_suspect()):
+                await self._look_for_suspect(task)
+            claim = await backend.claim(pid, task)
+            if may_step and claim.record.suspect and claim.record.aside is None and self._suspect is not task:
+                if self._has_suspect():
+                    await self._leave_suspect(claim)
+                self._suspect = task
             if not claim.record.is_terminal:
                 await self._continue(claim, task, nudges)
         except CheckpointNotFoundError:
-            logger.info("process %s was deleted before it was run", pid)
+            logger.info("process %s was deleted before it was run", pid, extra={"pid": pid})
+        except TaskRejectedError:
+            raise
         except Exception as error:  # the worker's outermost loop: a task that is acknowledged too early is forgotten
             raise TaskRejectedError(f"{type(error).__name__}: {error}") from error
+        finally:
+            if self._suspect is task:
+                self._suspect = None
+
+    def _has_suspect(self) -> bool:
+        """Whether one is in hand, and still in the step in which workers died."""
+        if self._suspect is None:
+            return False
+        runner = self.runners.get(self._suspect.key or "")
+        return runner is None or not runner.has_progressed
+
+    async def _look_for_suspect(self, task: IncomingTask) -> None:
+        """Is the process of this task one? It is the only one here then, or raise `TaskRejectedError`: it is offered a
+        little later, first to the worker with the most free slots. It is not even claimed, for who holds it is blamed.
+        """
+        record = await self._backend.persister.load(task.key or "")
+        if record.suspect and record.aside is None and not record.is_terminal:
+            if self._has_suspect():
+                raise TaskRejectedError(APART)
+            self._suspect = task
+
+    async def _leave_suspect(self, claim: Claim) -> None:
+        """Give back at once one that came as if it were none, and have it offered a little later."""
+        await self._backend.persister.release(claim.record.pid, claim.epoch)
+        await asyncio.sleep(UNFIT_PAUSE_S)
+        raise TaskRejectedError(APART)
 
     async def _continue(self, claim: Claim, task: IncomingTask, nudges: int) -> None:
-        pid = claim.record.pid
+        pid, aside = claim.record.pid, claim.record.aside
         try:
-            await self._drive(Runner(await self._load(claim), claim, task, self._backend, self._load_type), nudges)
+            if claim.record.suspect and aside is not None:  # its code is not even loaded: that may be what ends workers
+                await self._set_aside(claim, task, aside)
+                return
+            process = await self._load(claim.record)
+            runner = Runner(process, claim, task, self._backend, self._load_type, may_begin=self._may_begin)
+            await self._drive(runner, nudges)
         except _NOT_ITS_FAULT:
             raise
         except _CANT_CONTINUE as error:
             await self._set_aside(claim, task, str(error))
         except Exception as error:  # the worker's outermost loop: a defect must not leave the process with nobody
-            logger.exception("driving process %s failed; it is set aside", pid)
+            logger.exception("driving process %s failed; it is set aside", pid, extra={"pid": pid})
             await self._set_aside(claim, task, f"driving it failed with {type(error).__name__}: {error}")
 
     async def _drive(self, runner: Runner, nudges: int) -> None:
@@ -139,10 +201,21 @@ class Launcher:
             if self.runners.get(pid) is runner:
                 del self.runners[pid]
 
-    async def _load(self, claim: Claim) -> Process:
-        data = claim.record.checkpoint
+    async def _leave_what_does_not_fit(self, pid: str, may_begin: Callable[[Process], bool]) -> None:
+        """Raise `TaskRejectedError` for a process whose next step may not begin here: it is not even claimed."""
+        record = await self._backend.persister.load(pid)
+        try:
+            fits = record.is_terminal or may_begin(await self._load(record))
+        except _CANT_CONTINUE:
+            return  # that is found out again, and dealt with, under a claim
+        if not fits:
+            await asyncio.sleep(UNFIT_PAUSE_S)
+            raise TaskRejectedError(f"the step {record.step!r} may take longer than is left of this worker's time")
+
+    async def _load(self, record: Record) -> Process:
+        data = record.checkpoint
         if data is None:
-            raise PersistenceError(f"process {claim.record.pid} has no checkpoint")
+            raise PersistenceError(f"process {record.pid} has no checkpoint")
         checkpoint = decode_checkpoint(data)
         if checkpoint.class_id.partition(":")[0] not in sys.modules:
             # A scientific library takes seconds to import; meanwhile the others of this worker go on.
@@ -154,8 +227,12 @@ class Launcher:
         """Keep what can't be continued; but a kill does not need its code."""
         pid = claim.record.pid
         kill = _find_kill(claim)
+        if kill is None and claim.record.aside == reason:
+            await self._backend.settle(requests.SetAsideRequest(pid, claim.epoch, reason), task)
+            return
         if kill is None:
-            logger.warning("process %s is set aside: %s; once that is mended, `prunus retry` goes on", pid, reason)
+            said = "process %s is set aside: %s; once that is mended, `prunus retry` goes on"
+            logger.warning(said, pid, reason, extra={"pid": pid})
             await self._backend.settle(requests.SetAsideRequest(pid, claim.epoch, reason), task)
             return
         letter, message = kill

@@ -21,7 +21,7 @@ import msgspec
 
 from prunus.errors import DaemonError
 
-PATIENCE_S = 1.0
+PATIENCE_S = 5.0
 """A lock that is held by nobody in particular (somebody looks at it, or has not written its name yet) is asked for
 again during this time."""
 POLL_INTERVAL_S = 0.005

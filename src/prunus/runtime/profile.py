@@ -4,7 +4,8 @@
 
     config.yaml     settings, made by `prunus init`, edited by people
     prunus.db       the database; only the broker opens it
-    run/            locks, the daemon's wish (daemon.json), the socket
+    keys/           who may come over a network (see `prunus.messaging.keys`)
+    run/            locks, the daemon's wish (daemon.json), the socket, where the broker listens
     logs/           a file for each service
 
 Only its owner may enter the folder (0700). `Profile.find` says which profile is meant; a folder is a profile if
@@ -21,15 +22,19 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import msgspec
 
 from prunus.errors import ProfileError
+from prunus.files import private_folder, write_whole
+
+if TYPE_CHECKING:
+    from prunus.messaging.keys import KeyFolder
 
 FOLDER_NAME = ".prunus"
 """The profile of a project's folder."""
@@ -41,6 +46,12 @@ MAX_SOCKET_PATH_BYTES = 100
 """Linux allows 107 bytes for a Unix socket, macOS 103."""
 MAX_CONFIG_BYTES = 1024 * 1024
 """A larger config.yaml is not read."""
+
+
+HookEvent = Literal["started", "worker_ended", "broker_ended", "flapping", "stopped"]
+"""What a daemon may run a command for."""
+Kept = Literal["dead_letters", "finished", "excepted", "killed"]
+"""What can be forgotten after some time: tasks that died, and processes that ended in one of these states."""
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,6 +68,40 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     modules: Annotated[
         list[str], msgspec.Meta(description="patterns of the modules that process classes may come from")
     ] = msgspec.field(default_factory=lambda: ["*"])
+    listen: Annotated[
+        list[str],
+        msgspec.Meta(description="places on a network (tcp://ADDRESS:PORT) where clients with a key may come"),
+    ] = msgspec.field(default_factory=list)
+    queues: Annotated[
+        list[Annotated[str, msgspec.Meta(min_length=1, max_length=255)]],
+        msgspec.Meta(min_length=1, description="the queues that workers take processes from"),
+    ] = msgspec.field(default_factory=lambda: ["default"])
+    max_crashes: Annotated[
+        int,
+        msgspec.Meta(ge=0, le=1000, description="a process whose step saw so many workers die is set aside; 0: never"),
+    ] = 3
+    log_format: Annotated[Literal["text", "json"], msgspec.Meta(description="how logs are written: text or json")] = (
+        "text"
+    )
+    hooks: Annotated[
+        dict[HookEvent, Annotated[list[str], msgspec.Meta(min_length=1)]],
+        msgspec.Meta(
+            description="commands that the daemon runs when something happens, say {broker_ended: [notify, me]}"
+        ),
+    ] = msgspec.field(default_factory=dict)
+    endpoints: Annotated[
+        dict[str, dict[str, Any]],
+        msgspec.Meta(description="hosts that processes may ask for a connection to, by name"),
+    ] = msgspec.field(default_factory=dict)
+    retention: Annotated[
+        dict[Kept, Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,6}(s|min|h|d)\Z")]],
+        msgspec.Meta(description='how long is kept what nobody needs, say {"dead_letters": "30d"}; else for ever'),
+    ] = msgspec.field(default_factory=dict)
+
+    def keep_s(self, kind: Kept) -> float | None:
+        """For how many seconds what has ended like this is kept; None: for ever."""
+        text = self.retention.get(kind)
+        return None if text is None else seconds_of(text)
 
     @classmethod
     def read(cls, file: Path) -> Config:
@@ -91,6 +136,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 values[key] = msgspec.convert(value, fields[key].type)
             except msgspec.ValidationError as error:
                 problems.append(f"{key}: {_expectation(error)}; it is {_shown(value)}")
+        if values.get("endpoints"):
+            from prunus.runtime.remote.endpoints import problems_with
+
+            problems += problems_with(values["endpoints"])
         if problems:
             raise ProfileError(f"{source}: " + "".join(f"\n  {line}" for line in problems).lstrip())
         return cls(**values)
@@ -192,6 +241,11 @@ class Profile:
         return self.path / "prunus.db"
 
     @property
+    def blobs(self) -> Path:
+        """What is too large for a message; the broker makes this folder when it needs it."""
+        return self.path / "blobs"
+
+    @property
     def run_folder(self) -> Path:
         return self._folder("run")
 
@@ -217,6 +271,23 @@ class Profile:
         if len(os.fsencode(inside)) <= MAX_SOCKET_PATH_BYTES:
             return f"ipc://{inside}"
         return f"ipc://{self._short_socket()}"
+
+    @property
+    def keys(self) -> KeyFolder:
+        """Who may come over a network."""
+        from prunus.messaging.keys import KeyFolder
+
+        return KeyFolder(self.path / "keys")
+
+    def note_listening(self, places: Sequence[str]) -> None:
+        """The broker says where on a network it listens, with the ports that the system chose."""
+        write_whole(self.run_folder / "listening", "".join(f"{place}\n" for place in places).encode())
+
+    def listening(self) -> list[str]:
+        """Where on a network the broker listens, or listened last."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.run_folder / "listening").read_text(encoding="utf-8").split()
+        return []
 
     @property
     def import_folders(self) -> list[Path]:
@@ -251,9 +322,7 @@ class Profile:
             except ProfileError as error:
                 reasons.append(str(error))
                 continue
-            temporary = note.with_name(f"{note.name}.{os.getpid()}")
-            temporary.write_text(f"{folder}\n", encoding="utf-8")
-            temporary.replace(note)
+            write_whole(note, f"{folder}\n".encode())
             return folder / name
         raise ProfileError(
             f"the path of the profile {self.path} is too long for a socket, and there is no other place for one"
@@ -261,23 +330,19 @@ class Profile:
         )
 
 
+def seconds_of(duration: str) -> float:
+    """``30s``, ``5min``, ``12h`` or ``30d`` as seconds; `ValueError` for anything else."""
+    found = re.fullmatch(r"([0-9]{1,6})(s|min|h|d)", duration)
+    if found is None:
+        raise ValueError(f"{duration!r} is no duration: write a number with s, min, h or d, say 30d")
+    return float(found[1]) * {"s": 1, "min": 60, "h": 3600, "d": 86_400}[found[2]]
+
+
 def user_profiles() -> Path:
     """The folder of the user's own profiles."""
     data = os.environ.get("XDG_DATA_HOME", "")
     base = Path(data) if os.path.isabs(data) else Path.home() / ".local" / "share"
     return base / "prunus" / "profiles"
-
-
-def private_folder(folder: Path) -> Path:
-    """Make `folder` if need be, and check that it is ours alone and no link; else `ProfileError`."""
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.lstat()
-    except OSError as error:
-        raise ProfileError(f"the folder {folder} for the socket can't be made: {error.strerror}") from error
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise ProfileError(f"{folder} is not a folder that is yours alone (0700); remove it and try again")
-    return folder
 
 
 def _plain(name: str) -> str:

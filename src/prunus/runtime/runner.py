@@ -26,7 +26,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -60,6 +60,7 @@ from prunus.persistence.checkpoint import (
 from prunus.persistence.persister import Claim, Event, Letter, LogLine, NewProcess, Note, Reply, Save, Saved, Tell
 from prunus.processes import Effects, Line, Mail, Outcomes, PlayState, Process, ProcessResult, ProcessState, Transition
 from prunus.processes.control import Kill
+from prunus.processes.loading import load_class
 from prunus.processes.stack import clean_context
 from prunus.processes.waits import value_of
 from prunus.runtime.backend import CONTROL_LANE, Backend
@@ -83,12 +84,16 @@ def new_process(process: Process) -> NewProcess:
         checkpoint=checkpoint_of(process),
         parent=process.parent,
         tags=tuple(process.tags),
-        created_at=time.time(),
+        created_at=process.created_at,
         state=process.state.value,
         play=process.play_state.value,
         step=process.next_step,
         status=process.status,
         parent_close=process.parent_close,
+        queue=process.queue,
+        priority=process.priority,
+        resources=dict(process.resources),
+        key=process.key,
     )
 
 
@@ -107,8 +112,12 @@ class Runner:
         task: IncomingTask,
         backend: Backend,
         load_type: LoadType | None = None,
+        *,
+        may_begin: Callable[[Process], bool] | None = None,
     ) -> None:
+        """`may_begin` says whether the next step may begin here, else it is given back before it (None: each)."""
         self.process = process
+        self._may_begin = may_begin
         self._claim = claim
         self._epoch = claim.epoch
         self._task = task
@@ -116,6 +125,8 @@ class Runner:
         self._load_type = load_type
         self._may_run_steps = task.queue != CONTROL_LANE
         self._released = False
+        self.has_progressed = False
+        """A step has ended here, and that is durable."""
         self._results: dict[str, ProcessResult] = {}
         """Of those that it waits for, as far as they had ended when it was claimed."""
         self._mail: list[Mail] = []
@@ -150,7 +161,8 @@ class Runner:
                     await self._step()
                 await self._checkpoint()
         except StaleOwnerError:
-            logger.warning("another worker claimed process %s; this one stops and forgets it", self.process.pid)
+            pid = self.process.pid
+            logger.warning("another worker claimed process %s; this one stops and forgets it", pid, extra={"pid": pid})
             raise
         except asyncio.CancelledError:
             # The worker is leaving and the step did not end in its grace period: it will run again elsewhere.
@@ -205,8 +217,13 @@ class Runner:
         rows = await asyncio.gather(*(self._backend.persister.load(pid) for pid in pids))
         for row in rows:
             if row.result is None:
-                raise InvalidStateError(row.state, f"ended, to have a result (it is {row.pid})")
+                raise InvalidStateError(row.state, f"ended to have a result (it is {row.pid})")
         return [self._decode_result(row.result) for row in rows if row.result is not None]
+
+    def load_class(self, identifier: str) -> type[Process]:
+        if self._load_type is not None:
+            self._load_type(identifier)  # it knows which modules may be imported here
+        return load_class(identifier)
 
     # --- the parts of the loop ----------------------------------------------------------------------
 
@@ -243,7 +260,9 @@ class Runner:
         self._looked = now_s, process.revision
 
     def _may_step(self) -> bool:
-        return self._may_run_steps and not self._released and self.process.can_step
+        if not self._may_run_steps or self._released or not self.process.can_step:
+            return False
+        return self._may_begin is None or self._may_begin(self.process)
 
     def _read(self, letters: Sequence[Letter]) -> None:
         """Hand unread letters to the process, in their order. It acts at once, or when its step ends."""
@@ -256,7 +275,10 @@ class Runner:
             try:
                 message = decode_letter(letter.body, self._load_type)
             except ProtocolError as error:
-                logger.warning("process %s got a letter that can't be read (%s): dropped", self.process.pid, error)
+                pid = self.process.pid
+                logger.warning(
+                    "process %s got a letter that can't be read (%s): dropped", pid, error, extra={"pid": pid}
+                )
                 continue
             self._is_killed = self._is_killed or isinstance(message, Kill)
             self._unsaved += self.process.receive(message, letter.seq)
@@ -277,6 +299,7 @@ class Runner:
             save = self._describe(made)
             self._released = save.release
             saved = await self._commit(save)
+            self.has_progressed = self.has_progressed or save.keep_as is not None
             self._answered = save.inbox_done
             self._read(saved.inbox)
         if self._seen > self._answered and not self._released:  # a letter came: what it changed is saved as well
@@ -424,7 +447,9 @@ class Runner:
                 save = self._excepted(failure, shown, answered, save.tells, save.lines)
                 self._released = True
             except _TRY_AGAIN as error:
-                logger.error("%s; process %s waits and tries again in %.1f s", error, save.pid, pause_s)
+                logger.error(
+                    "%s; process %s waits and tries again in %.1f s", error, save.pid, pause_s, extra={"pid": save.pid}
+                )
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, longest_s)
 
@@ -467,7 +492,8 @@ class Runner:
             try:
                 await self._backend.persister.note(note)
             except (PersistenceError, MessagingError) as error:
-                logger.info("what process %s says is not passed on for now: %s", process.pid, error)
+                pid = process.pid
+                logger.info("what process %s says is not passed on for now: %s", pid, error, extra={"pid": pid})
 
     def _take_lines(self) -> tuple[LogLine, ...]:
         lines, self._lines = self._lines, []

@@ -11,13 +11,13 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 
-import msgspec
 from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.text import Text
 
 from prunus.persistence.persister import QUERY_LIMIT, LogLine, Query, Record
-from prunus.runtime.controller import ProcessController, ProcessHandle
+from prunus.runtime.controller import ProcessController
 from prunus.runtime.display import (
     MAX_CHILDREN_SHOWN,
     Family,
@@ -30,18 +30,26 @@ from prunus.runtime.display import (
     progress,
     short,
     situation,
+    span,
     still_to_begin,
     trouble,
 )
+from prunus.runtime.selection import pages_of
 
 REFRESH_S = 2.0
 GATHER_S = 0.05
 MAX_LOAD = 0.25
 """What part of the time is spent with looking: if a look takes long, the next one comes later."""
+MAX_PAUSE_S = 10.0
+"""... but not later than this: a look that took long may have waited for the broker."""
 MAX_CHILDREN_READ = 2000
 """Of more children of one process only the newest, and those that have not ended, are read."""
 MAX_TROUBLES = 3
 """Of so many processes that do not go on it is said what to do."""
+SILENCE_S = 3.0
+"""A look that takes longer is one that the broker does not answer: it is told."""
+ROOM_FOR_CTRL_C = 3
+"""Columns that stay free at the right of a live picture: the ``^C`` of the terminal must not begin a line below it."""
 RECENT_S = 60.0
 """Without a pid: how long a process that has ended is still shown."""
 
@@ -51,11 +59,11 @@ async def watch_family(controller: ProcessController, pid: str, console: Console
     family, troubles = await read_family(controller, pid), list[Trouble]()
     utf8 = is_utf8(console)
     with _shown(console, lambda: progress(family, time.time(), troubles, utf8=utf8)) as shown:
-        async for _ in _looks(controller):
+        async for _ in _looks(controller, shown.tell):
             family = await read_family(controller, pid)
             stuck = [] if family.record.is_terminal else [row for row in family.members() if is_stuck(row)]
             troubles = await read_troubles(controller, stuck[:MAX_TROUBLES])
-            shown(_noteworthy(family), troubles)
+            shown.show(_noteworthy(family), troubles)
             if has_stopped(family.record):
                 break
     return family.record
@@ -69,26 +77,31 @@ def has_stopped(record: Record) -> bool:
 async def watch_all(controller: ProcessController, console: Console) -> None:
     """Show all processes that have not ended, and those that ended a moment ago, until cancelled."""
     records: list[Record] = []
+    is_cut = False
 
     def picture() -> RenderableType:
         room = max(1, console.height - 3)
         urgent = sorted(records, key=lambda row: (row.is_terminal, row.parent is not None, -row.created_at))[:room]
-        table = process_table(sorted(urgent, key=lambda row: row.created_at, reverse=True), time.time())
+        newest_first = sorted(urgent, key=lambda row: row.created_at, reverse=True)
+        table = process_table(newest_first, time.time(), utf8=is_utf8(console))
         hidden = len(records) - room
-        return table if hidden <= 0 else Group(table, Text(f"... and {hidden} others", "dim"))
+        more = f"... and {'more than ' if is_cut else ''}{hidden:,} more"
+        return table if hidden <= 0 else Group(table, Text(more, "dim"))
 
     with _shown(console, picture) as shown:
-        async for _ in _looks(controller):
+        async for _ in _looks(controller, shown.tell):
             oldest = time.time() - RECENT_S
             unfinished = await controller.find(Query(unfinished=True, limit=QUERY_LIMIT))
+            is_cut = len(unfinished) == QUERY_LIMIT
             recent = [row for row in await controller.find(Query(limit=50)) if row.updated_at > oldest]
             by_pid = {row.pid: row for row in (*unfinished, *recent)}
             records = sorted(by_pid.values(), key=lambda row: row.created_at, reverse=True)
-            shown([(row, "") for row in records], ())
+            shown.show([(row, "") for row in records], ())
 
 
-async def read_family(controller: ProcessController, pid: str) -> Family:
-    """A process and those of its descendants that are shown, with the numbers of the others."""
+async def read_family(controller: ProcessController, pid: str, *, complete: bool = False) -> Family:
+    """A process and those of its descendants that are shown, with the numbers of the others; if `complete`, all that
+    are read are shown."""
 
     async def below(record: Record) -> Family:
         rows, is_cut = await read_children(controller, record.pid)
@@ -96,7 +109,7 @@ async def read_family(controller: ProcessController, pid: str) -> Family:
             return Family(record)
         if not record.is_terminal and record.checkpoint is None:
             record = await controller.handle(record.pid).record()
-        chosen = choose_children(rows)
+        chosen = {row.pid for row in rows} if complete else choose_children(rows)
         return Family(
             record,
             children=tuple([await below(row) for row in rows if row.pid in chosen]),
@@ -120,15 +133,8 @@ async def read_children(controller: ProcessController, pid: str) -> tuple[list[R
 
 async def _read(controller: ProcessController, query: Query) -> tuple[list[Record], bool]:
     """The newest rows, `MAX_CHILDREN_READ` at most, and whether there are more."""
-    rows: list[Record] = []
-    while page := await controller.find(query):
-        rows += page
-        if len(page) < query.limit:
-            break
-        if len(rows) >= MAX_CHILDREN_READ:
-            return rows, True
-        query = msgspec.structs.replace(query, before=page[-1].pid)
-    return rows, False
+    rows = [row async for page in pages_of(controller, query, MAX_CHILDREN_READ) for row in page]
+    return rows, len(rows) >= MAX_CHILDREN_READ
 
 
 async def read_troubles(controller: ProcessController, rows: Sequence[Record]) -> list[Trouble]:
@@ -140,20 +146,72 @@ async def read_troubles(controller: ProcessController, rows: Sequence[Record]) -
     return [each for each in found if each is not None]
 
 
-async def follow_log(
-    controller: ProcessController, handle: ProcessHandle, after: int, paused: Callable[[Trouble], None]
-) -> AsyncIterator[LogLine]:
-    """The lines of a process's log after number `after`, as they come, until it has ended or was set aside.
+class LogReader:
+    """Reads the log of a process, or of it and all below it, from where it was left."""
 
-    `paused` is called with each pause.
+    def __init__(self, controller: ProcessController, pid: str, with_children: bool = False) -> None:
+        self.pid = pid
+        self.record: Record | None = None
+        """The row of `pid`, read before the lines that were read last."""
+        self._controller = controller
+        self._with_children = with_children
+        self._after: dict[str, int] = {}
+        self._changed_at: dict[str, float] = {}
+        """When each row had changed that was looked at. One that has not changed since has said nothing since ..."""
+        self._parents = set[str]()
+        """... and has submitted nothing, but what it has submitted before may have changed."""
+
+    async def last(self, number: int) -> list[tuple[Record, LogLine]]:
+        """The newest lines, the oldest first."""
+        return (await self._read(number))[-number:]
+
+    async def news(self) -> list[tuple[Record, LogLine]]:
+        """The lines that came since, in the order of their times."""
+        return await self._read(None)
+
+    async def _read(self, last: int | None) -> list[tuple[Record, LogLine]]:
+        self.record = await self._controller.handle(self.pid).record()
+        found: list[tuple[Record, LogLine]] = []
+        to_do = [self.record]
+        while to_do:
+            row = to_do.pop()
+            has_changed = self._changed_at.get(row.pid) != row.updated_at
+            self._changed_at[row.pid] = row.updated_at
+            if has_changed or row.pid == self.pid:
+                found += [(row, line) for line in await self._lines(row.pid, last)]
+            if self._with_children and (has_changed or row.pid in self._parents):
+                children, _ = await read_children(self._controller, row.pid)
+                self._parents.update([row.pid] if children else [])
+                to_do += children
+        return sorted(found, key=lambda each: each[1].at)
+
+    async def _lines(self, pid: str, last: int | None) -> list[LogLine]:
+        handle, after, found = self._controller.handle(pid), self._after.get(pid, 0), list[LogLine]()
+        while lines := await handle.log(after=after, last=last):
+            found += lines
+            after = lines[-1].seq
+            if last is not None:
+                break
+        self._after[pid] = after
+        return found
+
+
+async def follow_log(
+    controller: ProcessController,
+    reader: LogReader,
+    paused: Callable[[Trouble], None],
+    tell: Callable[[str | None], None],
+) -> AsyncIterator[tuple[Record, LogLine]]:
+    """The lines that `reader` has not read yet, as they come, until its process has ended or was set aside.
+
+    `paused` is called with each pause, and `tell` with a sentence while the broker does not answer, then with None.
     """
     is_told = False
-    async for _ in _looks(controller):
-        record = await handle.record()
-        while lines := await handle.log(after=after):
-            for line in lines:
-                yield line
-            after = lines[-1].seq
+    async for _ in _looks(controller, tell):
+        for row, line in await reader.news():
+            yield row, line
+        record = reader.record
+        assert record is not None, "it was read just now"
         if has_stopped(record):
             return
         if is_stuck(record) and not is_told:
@@ -183,56 +241,111 @@ def _noteworthy(family: Family) -> Iterator[tuple[Record, str]]:
             yield row, ""
 
 
-async def _looks(controller: ProcessController) -> AsyncIterator[None]:
-    """Yields each time that it is time to look: at once, after changes, and now and then."""
+async def _looks(controller: ProcessController, tell: Callable[[str | None], None]) -> AsyncIterator[None]:
+    """Yields each time that it is time to look: at once, after changes, and now and then.
+
+    `tell` is called, about once a second, with a sentence while a look gets no answer, and with None when it has.
+    """
     async with controller.events() as events:
         change = asyncio.ensure_future(anext(events))
         try:
             begun_s = time.monotonic()
-            yield
+            with _told_of_silence(tell):
+                yield
             while True:
                 pause_s = max(GATHER_S, (time.monotonic() - begun_s) / MAX_LOAD)
                 done, _ = await asyncio.wait([change], timeout=REFRESH_S)
                 if done:
-                    await asyncio.sleep(pause_s)
+                    await asyncio.sleep(min(pause_s, MAX_PAUSE_S))
                     while change.done():
                         change.result()
                         change = asyncio.ensure_future(anext(events))
                         await asyncio.sleep(0)
                 begun_s = time.monotonic()
-                yield
+                with _told_of_silence(tell):
+                    yield
         finally:
             change.cancel()
             await asyncio.gather(change, return_exceptions=True)
 
 
-_Show = Callable[[Iterable[tuple[Record, str]], Sequence[Trouble]], None]
-
-
 @contextlib.contextmanager
-def _shown(console: Console, picture: Callable[[], RenderableType]) -> Iterator[_Show]:
-    """Gives the function to call after each look: with the rows that may be news (each with what there is to say
-    beside the row), and with those that do not go on."""
-    if console.is_terminal:
-        with Live(get_renderable=picture, console=console, refresh_per_second=8) as live:
-            yield lambda rows, troubles: live.refresh()
-            live.vertical_overflow = "visible"
-        return
-    said: dict[str, str] = {}
-    advised: dict[str, str] = {}
+def _told_of_silence(tell: Callable[[str | None], None]) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    begun_s = loop.time()
+    timer: asyncio.TimerHandle
 
-    def say(rows: Iterable[tuple[Record, str]], troubles: Sequence[Trouble]) -> None:
+    def say() -> None:
+        nonlocal timer
+        tell(f"The broker has not answered for {span(loop.time() - begun_s)}; waiting for it ...")
+        timer = loop.call_later(1.0, say)
+
+    timer = loop.call_later(SILENCE_S, say)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        tell(None)
+
+
+class _Shown:
+    """What is shown, and where: `show` is called after each look, `tell` with what keeps it from looking."""
+
+    def __init__(self, console: Console) -> None:
+        self.silence: str | None = None
+        self._console = console
+        self._said: dict[str, str] = {}
+        self._advised: dict[str, str] = {}
+
+    def show(self, rows: Iterable[tuple[Record, str]], troubles: Sequence[Trouble]) -> None:
+        """The rows that may be news (each with what there is to say beside the row), and those that do not go on."""
         for row, extra in sorted(rows, key=lambda each: each[0].updated_at):
             facts = [] if row.is_terminal else [row.play] * (row.play != "playing") + [row.step or ""]
             line = "  ".join(filter(None, [class_name(row.class_id), row.state, *facts, extra, situation(row)]))
-            if said.get(row.pid) != line:
-                said[row.pid] = line
-                console.print(f"{time.strftime('%H:%M:%S')}  {short(row.pid)}  {line}")
+            if self._said.get(row.pid) != line:
+                self._said[row.pid] = line
+                self._console.print(f"{time.strftime('%H:%M:%S')}  {short(row.pid)}  {line}")
         advice = {each.record.pid: each.advice for each in troubles}  # (the lines say why)
         for pid, text in advice.items():
-            if advised.get(pid) != text:
-                console.print(f"-> {text}")
-        advised.clear()
-        advised.update(advice)
+            if self._advised.get(pid) != text:
+                self._console.print(f"-> {text}")
+        self._advised = advice
 
-    yield say
+    def tell(self, silence: str | None) -> None:
+        """Say, once, that the broker does not answer; None: it does."""
+        if silence is not None and self.silence is None:
+            self._console.print(f"{time.strftime('%H:%M:%S')}  {silence}")
+        self.silence = silence
+
+
+class _ShownLive(_Shown):
+    """The same as a picture that changes."""
+
+    def __init__(self, console: Console, picture: Callable[[], RenderableType]) -> None:
+        super().__init__(console)
+        self._picture = picture
+        self.live = Live(get_renderable=self._complete, console=console, refresh_per_second=8)
+
+    def show(self, rows: Iterable[tuple[Record, str]], troubles: Sequence[Trouble]) -> None:
+        self.live.refresh()
+
+    def tell(self, silence: str | None) -> None:
+        if silence != self.silence:
+            self.silence = silence
+            self.live.refresh()
+
+    def _complete(self) -> RenderableType:
+        told = [] if self.silence is None else [Text(self.silence, "yellow")]
+        return Constrain(Group(self._picture(), *told), self._console.width - ROOM_FOR_CTRL_C)
+
+
+@contextlib.contextmanager
+def _shown(console: Console, picture: Callable[[], RenderableType]) -> Iterator[_Shown]:
+    if not console.is_terminal:
+        yield _Shown(console)
+        return
+
+    shown = _ShownLive(console, picture)
+    with shown.live:
+        yield shown
+        shown.live.vertical_overflow = "visible"

@@ -1,0 +1,5 @@
+"""``python -m prunus`` is ``prunus``."""
+
+from prunus.runtime.cli import main
+
+main()

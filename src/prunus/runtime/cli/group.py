@@ -1,0 +1,272 @@
+"""The root of the command line: options that every command takes, and errors as sentences."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import shutil
+import sys
+import textwrap
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from prunus.runtime.profile import Profile
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C."""
+EXIT_CODES = {
+    0: "it is done; what was waited for has ended well",
+    1: "it failed, in part or whole, or what was waited for did; one sentence says why and what to do",
+    2: "the command was written wrongly; nothing was done",
+    INTERRUPTED: "Ctrl-C",
+}
+"""All that a command ends with."""
+SECTIONS = {
+    "Processes": ("launch", "list", "show", "watch", "tree", "logs", "top", "describe"),
+    "Control": ("pause", "play", "kill", "retry", "resume", "send", "query", "update", "edit", "settle", "fork"),
+    "Schedules": ("schedule",),
+    "The profile and its daemon": ("init", "daemon", "worker", "broker", "tasks", "key", "doctor"),
+    "Looking after it": ("delete", "prune", "export", "import", "backup"),
+}
+"""How ``prunus --help`` is divided. What is not named here stands at the end."""
+OTHERS = "Others"
+OTHER_NAMES: dict[str | None, dict[str, str]] = {
+    None: {
+        "help": "prunus --help",
+        "version": "prunus --version",
+        "ps": "prunus list",
+        "ls": "prunus list",
+        "rm": "prunus delete",
+        "remove": "prunus delete",
+        "report": "prunus logs",
+        "status": "prunus show PID` or `prunus daemon status",
+        "inspect": "prunus show",
+        "run": "prunus launch",
+        "submit": "prunus launch",
+        "cancel": "prunus kill",
+        "attach": "prunus watch",
+        "follow": "prunus logs -f",
+        "start": "prunus daemon start",
+        "stop": "prunus kill PID` or `prunus daemon stop",
+        "restart": "prunus retry PID` or `prunus daemon restart",
+        "reload": "prunus daemon reload",
+        "scale": "prunus daemon scale",
+        "unit": "prunus daemon unit",
+        "queue": "prunus tasks",
+        "queues": "prunus tasks list",
+        "task": "prunus tasks",
+        "cron": "prunus schedule",
+        "schedules": "prunus schedule list",
+        "keys": "prunus key list",
+        "workers": "prunus daemon status",
+        "backup": "prunus broker backup",
+        "restore": "prunus broker restore",
+        "metrics": "prunus broker metrics",
+    },
+    "daemon": {"ps": "prunus daemon status", "list": "prunus daemon status", "kill": "prunus daemon stop"},
+    "schedule": {
+        "ls": "prunus schedule list",
+        "rm": "prunus schedule remove",
+        "delete": "prunus schedule remove",
+        "create": "prunus schedule add",
+        "new": "prunus schedule add",
+        "run": "prunus schedule run-now",
+        "trigger": "prunus schedule run-now",
+        "resume": "prunus schedule play",
+    },
+    "tasks": {"ls": "prunus tasks list", "rm": "prunus tasks delete", "remove": "prunus tasks delete"},
+    "key": {
+        "ls": "prunus key list",
+        "rm": "prunus key revoke",
+        "remove": "prunus key revoke",
+        "delete": "prunus key revoke",
+        "create": "prunus key add",
+        "new": "prunus key add",
+    },
+}
+"""What people write who know other tools, by the group in which they do (None: the program), and what it is here."""
+MIN_FOLD = 40
+"""A narrower terminal breaks lines by itself."""
+_ERROR = "Error: "
+
+
+@dataclass
+class Options:
+    """The options that every command takes."""
+
+    profile: str | None = None
+    key: str | None = None
+    """The file of a key, for a broker on a network."""
+    debug: bool = False
+
+    def find_profile(self) -> Profile:
+        from prunus.runtime.profile import Profile
+
+        return Profile.find(self.profile)
+
+    def local_profile(self) -> Profile | None:
+        """The profile, unless a key is given for a broker elsewhere."""
+        return self.find_profile() if self.key is None else None
+
+
+def main() -> None:
+    """The program ``prunus``, once all commands are there."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter is no reason to fail
+    atexit.register(gc.freeze)  # what is there in the end needs no last search for cycles, which takes long
+    try:
+        cli(prog_name="prunus")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+class Command(click.Command):
+    """A command that takes the options of `Options` too, wherever they stand."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for option in self.params:
+            if isinstance(option, click.Option) and isinstance(option.type, click.IntRange) and not option.count:
+                option.metavar = option.metavar or "N"
+        if not any("--profile" in parameter.opts for parameter in self.params):
+            self.params.append(
+                click.Option(["--profile"], metavar="NAME|PATH", expose_value=False, callback=_keep, hidden=True)
+            )
+        self.params.append(click.Option(["--key"], metavar="FILE", expose_value=False, callback=_keep, hidden=True))
+        self.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, callback=_keep, hidden=True))
+
+
+def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    if value and parameter.name:
+        setattr(context.ensure_object(Options), parameter.name, value)
+
+
+def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        from prunus import __version__
+
+        click.echo(f"prunus {__version__}")
+        context.exit()
+
+
+class Group(click.Group):
+    """Commands in the order in which they are written here; errors as one sentence."""
+
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if ctx.parent is not None:
+            super().format_commands(ctx, formatter)
+            return
+        width = max(len(name) for name in self.commands)
+        for title, commands in sections(self).items():
+            with formatter.section(title):
+                room = formatter.width - width - 6
+                formatter.write_dl(
+                    [(f"{name:<{width}}", command.get_short_help_str(room)) for name, command in commands.items()]
+                )
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            here = OTHER_NAMES.get(self.name if ctx.parent else None, {}).get(args[0])
+            if here is None:
+                raise
+            raise click.UsageError(f"No such command {args[0]!r}. Here it is `{here}`.", ctx) from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if ctx.parent is not None:
+            return super().invoke(ctx)
+        from prunus.errors import PrunusError
+
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+        except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
+            raise
+        except Exception as error:  # the outermost place: nobody else can say it to the user
+            while isinstance(error, ExceptionGroup):
+                error = error.exceptions[0]
+            if ctx.ensure_object(Options).debug:
+                raise
+            if isinstance(error, PrunusError):
+                raise click.ClickException(folded(_with_hint(error, ctx.ensure_object(Options)))) from error
+            what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise click.ClickException(f"{what} (this should not happen; --debug shows where)") from error
+
+
+Group.group_class = Group
+
+
+def folded(message: str) -> str:
+    """An error with its lines broken between words, where a person reads it on a terminal; no word is ever cut."""
+    if not sys.stderr.isatty():
+        return message
+    width = max(shutil.get_terminal_size().columns, MIN_FOLD)
+    lines = f"{_ERROR}{message}".split("\n")
+    return "\n".join(
+        textwrap.fill(line, width, drop_whitespace=True, break_long_words=False, break_on_hyphens=False)
+        if len(line) > width and not line.startswith(" ")
+        else line
+        for line in lines
+    ).removeprefix(_ERROR)
+
+
+def sections(group: click.Group) -> dict[str, dict[str, click.Command]]:
+    """The commands that people see, by the title under which they stand."""
+    seen = {name: command for name, command in group.commands.items() if not command.hidden}
+    found = {title: {name: seen.pop(name) for name in names if name in seen} for title, names in SECTIONS.items()}
+    return {title: commands for title, commands in {**found, OTHERS: seen}.items() if commands}
+
+
+_EPILOG = (
+    "Exit codes: " + "; ".join(f"{code}: {meaning.partition(';')[0]}" for code, meaning in EXIT_CODES.items()) + "."
+)
+
+
+def _with_hint(error: Exception, options: Options) -> str:
+    """What to do about a broker that does not answer depends on whether somebody restarts it."""
+    from prunus.errors import ConnectionLostError, PrunusError
+    from prunus.runtime.locks import read_holder
+
+    if not isinstance(error, ConnectionLostError) or options.key is not None:
+        return str(error)
+    try:
+        has_daemon = read_holder(options.find_profile().lock("daemon")) is not None
+    except PrunusError:
+        has_daemon = False
+    if has_daemon:
+        return f"{error}\nThe daemon starts the broker again; `prunus daemon logs broker` tells why it ended."
+    return f"{error}\n`prunus daemon start` starts one."
+
+
+@click.group(
+    cls=Group, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.option("--profile", metavar="NAME|PATH", expose_value=False, callback=_keep, help="Which profile: a name, or a path with a slash. Otherwise $PRUNUS_PROFILE, the nearest .prunus, or the user's default.")  # fmt: skip  # noqa: E501
+@click.option("--key", metavar="FILE", expose_value=False, callback=_keep, help="The file of a key: for a broker on a network, in place of a profile.")  # fmt: skip  # noqa: E501
+@click.option("--debug", is_flag=True, expose_value=False, callback=_keep, help="Show tracebacks.")
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show it.")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Run workflows that survive: launch, watch and control processes."""
+    context.ensure_object(Options)

@@ -1,0 +1,88 @@
+"""``prunus init`` and ``prunus doctor``: a profile, made and examined."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import click
+
+from prunus.runtime.cli.connection import import_like_workers
+from prunus.runtime.cli.group import Command, Options
+
+
+@click.command(cls=Command)
+@click.option("--profile", "name", metavar="NAME|PATH", help="The user's own profile NAME, or the folder PATH.")
+@click.option("-w", "--workers", type=click.IntRange(0, 1024), help="How many workers the daemon starts.")
+@click.option("--listen", multiple=True, metavar="tcp://ADDRESS:PORT", help="Clients with a key may come over a network.")  # fmt: skip  # noqa: E501
+@click.pass_obj
+def init(options: Options, name: str | None, workers: int | None, listen: tuple[str, ...]) -> None:
+    """Make a profile: in ./.prunus, or the user's own one NAME."""
+    import msgspec
+
+    from prunus.runtime.profile import FOLDER_NAME, Config, Profile
+
+    name = name or options.profile
+    path = Path(FOLDER_NAME) if name is None else Profile.path_of(name)
+    config = Config() if path.name == FOLDER_NAME else Config(import_from=[str(Path.cwd())])
+    if workers is not None:
+        config = msgspec.structs.replace(config, workers=workers)
+    if listen:
+        from prunus.messaging.keys import check_place
+
+        for place in listen:
+            check_place(place)
+    profile = Profile.create(path, msgspec.structs.replace(config, listen=list(listen)))
+    if listen:
+        profile.keys.make()
+    option = "" if name is None else f" --profile {name}"
+    click.echo(f"A new profile: {profile.path}")
+    click.echo(f"Workers import classes from {', '.join(map(str, profile.import_folders))} (see config.yaml there).")
+    if listen:
+        click.echo(
+            f"Its broker will listen at {', '.join(listen)}, for those who hold a key: prunus{option} key add NAME"
+        )
+    click.echo(f"Next: prunus{option} daemon start")
+
+
+@click.command(cls=Command)
+@click.option("--check-checkpoints", is_flag=True, help="Load every live process with the code as it is now.")
+@click.option("--fix", is_flag=True, help="Repair what can be repaired safely, and say each thing.")
+@click.option("--json", "as_json", is_flag=True, help="The findings as JSON.")
+@click.pass_obj
+def doctor(options: Options, check_checkpoints: bool, fix: bool, as_json: bool) -> None:
+    """Say what is wrong, and what to do.
+
+    With --fix, processes that nobody looks after are given to workers again: what the broker does by itself within
+    a minute. The exit code is 1 if something is wrong, and was not repaired.
+    """
+    from prunus.runtime import display
+    from prunus.runtime.doctor import examine
+
+    marks = {"ok": click.style("ok      ", fg="green"), "warning": click.style("warning ", fg="yellow")}
+    marks["problem"] = click.style("problem ", fg="red", bold=True)
+    marks["fixed"] = click.style("fixed   ", fg="cyan")
+    console = display.console()
+
+    async def look() -> bool:
+        is_well, found = True, []
+        if check_checkpoints:
+            import_like_workers(options.find_profile())
+        async for finding in examine(options.find_profile, check_checkpoints=check_checkpoints, fix=fix):
+            is_well = is_well and finding.level != "problem"
+            found.append(finding)
+            if as_json:
+                continue
+            click.echo(f"{marks[finding.level]} {finding.subject:<10} {finding.text}")
+            if finding.advice:
+                click.echo(f"{'':>9}{'':<11}-> {finding.advice}")
+        if as_json:
+            click.echo(display.as_json(found))
+        return is_well
+
+    is_well = asyncio.run(look())
+    if as_json:
+        sys.exit(0 if is_well else 1)
+    console.print("All is well." if is_well else "Something is wrong: see the lines above that say 'problem'.")
+    sys.exit(0 if is_well else 1)

@@ -1,0 +1,158 @@
+"""A broker's numbers in the text format of Prometheus.
+
+The format: https://prometheus.io/docs/instrumenting/exposition_formats/. Times are in seconds, sizes in bytes; what
+ends in ``_total`` counts from the start of the broker (`prunus_broker_uptime_seconds`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
+from typing import Literal
+
+from prunus.messaging.inventory import QueueStatistics
+from prunus.runtime.backend import BrokerStatus
+
+Labels = dict[str, str]
+Sample = tuple[Labels, float | None]
+Kind = Literal["gauge", "counter"]
+
+
+def as_prometheus(status: BrokerStatus) -> str:
+    """All metrics of a broker; what is not known (no oldest task, no limit) is left out."""
+    return "".join(line for family in _families(status) for line in _lines(*family))
+
+
+def _families(status: BrokerStatus) -> Iterator[tuple[str, Kind, str, Iterable[Sample]]]:
+    def one(value: float) -> list[Sample]:
+        return [({}, value)]
+
+    yield "prunus_broker_epoch", "gauge", "How often a broker was started on this database.", one(status.broker_epoch)
+    yield "prunus_broker_uptime_seconds", "gauge", "Time since the broker started.", one(status.uptime_s)
+    yield "prunus_broker_disk_full", "gauge", "1 if new work is refused for want of space.", one(status.disk_full)
+    yield "prunus_broker_database_bytes", "gauge", "Size of the database with its log.", one(status.database_bytes)
+    for name, text in _COUNTERS.items():
+        yield f"prunus_broker_{name}_total", "counter", text, one(getattr(status, name))
+    for name, text in _GAUGES.items():
+        yield f"prunus_broker_{name}", "gauge", text, one(getattr(status, name))
+    for name, text in _QUEUE_GAUGES.items():
+        yield f"prunus_queue_{name}", "gauge", text, _of_queues(status, attrgetter(name))
+    oldest = _of_queues(status, attrgetter("oldest_s"))
+    yield "prunus_queue_oldest_seconds", "gauge", "Age of the oldest ready task.", oldest
+    for name, text in _QUEUE_COUNTERS.items():
+        yield f"prunus_queue_{name}_total", "counter", text, _of_queues(status, attrgetter(name))
+    for name, text in _LIMITS.items():
+        yield f"prunus_queue_limit_{name}", "gauge", text, _of_queues(status, attrgetter(f"limits.{name}"))
+    for name, text in _RESOURCE_GAUGES.items():
+        resources = sorted(status.resources.items())
+        samples: list[Sample] = [({"resource": key}, getattr(resource, name)) for key, resource in resources]
+        yield f"prunus_resource_{name}", "gauge", text, samples
+    yield (
+        "prunus_sessions",
+        "gauge",
+        "Known sessions.",
+        [
+            ({"role": role, "connected": "true" if connected else "false"}, count)
+            for (role, connected), count in sorted(_count_sessions(status).items())
+        ],
+    )
+    for name, (field, text) in _SESSION_GAUGES.items():
+        samples = [
+            ({"session": key, "role": session.role, "key": session.key or ""}, getattr(session, field))
+            for key, session in sorted(status.sessions.items())
+        ]
+        yield f"prunus_session_{name}", "gauge", text, samples
+    yield (
+        "prunus_processes",
+        "gauge",
+        "Processes by state.",
+        [({"state": state}, count) for state, count in status.processes.items()],
+    )
+
+
+_COUNTERS = {
+    "accepted": "Tasks accepted.",
+    "delivered": "Deliveries of tasks.",
+    "settled": "Tasks done with.",
+    "frames": "Frames received.",
+    "commits": "Commits.",
+    "calls": "Calls to the service behind the broker.",
+    "protocol_errors": "Frames that were no message.",
+    "refused_connections": "Connections with an unknown or revoked key.",
+    "not_permitted": "Messages that the role of their key does not allow.",
+    "broadcasts_missed": "Broadcasts dropped because their receiver was too slow.",
+}
+_GAUGES = {
+    "questions": "Questions not answered yet.",
+    "identifiers": "Names that answer questions.",
+    "broadcast_subscriptions": "Subscriptions to broadcasts.",
+    "answers_kept": "Answers kept until their receiver has seen them.",
+}
+_QUEUE_GAUGES = {
+    "ready": "Tasks that can be given to a subscriber.",
+    "delayed": "Tasks before their time.",
+    "blocked": "Tasks behind another one with their key.",
+    "held": "Tasks that a session works on.",
+    "dead": "Dead letters.",
+    "credit": "Free places of subscribers.",
+    "subscribers": "Subscribers.",
+}
+_QUEUE_COUNTERS = {
+    "accepted": "Tasks accepted into the queue.",
+    "settled": "Tasks of the queue done with.",
+    "rejected": "Tasks given back by subscribers.",
+}
+_LIMITS = {
+    "concurrency": "Tasks that may be held at once.",
+    "rate_per_s": "Deliveries per second, in the long run.",
+    "max_length": "Tasks that the queue may have.",
+}
+_RESOURCE_GAUGES = {
+    "capacity": "Tokens that there are.",
+    "taken": "Tokens taken by held tasks.",
+    "waiting": "Ready tasks that wait for the resource.",
+}
+
+
+_SESSION_GAUGES = {
+    "held": ("held", "Tasks that the session works on."),
+    "credit": ("credit", "Free places of its subscriptions."),
+    "questions": ("questions", "Questions that it waits for."),
+    "silent_seconds": ("silent_s", "Time since it was heard last."),
+    "round_trip_seconds": ("round_trip_s", "How long a message took to it and back."),
+}
+
+
+def _of_queues(status: BrokerStatus, read: Callable[[QueueStatistics], float | None]) -> list[Sample]:
+    return [({"queue": name}, read(queue)) for name, queue in sorted(status.queues.items())]
+
+
+def _count_sessions(status: BrokerStatus) -> dict[tuple[str, bool], int]:
+    counts: dict[tuple[str, bool], int] = {}
+    for session in status.sessions.values():
+        key = session.role, session.connected
+        counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def _lines(name: str, kind: Kind, text: str, samples: Iterable[Sample]) -> Iterator[str]:
+    known = [(labels, value) for labels, value in samples if value is not None]
+    if not known:
+        return
+    yield f"# HELP {name} {_escaped(text)}\n"
+    yield f"# TYPE {name} {kind}\n"
+    for labels, value in known:
+        inner = ",".join(f'{key}="{_escaped(label, quoted=True)}"' for key, label in labels.items())
+        yield f"{name}{{{inner}}} {_shown(value)}\n" if inner else f"{name} {_shown(value)}\n"
+
+
+def _escaped(text: str, *, quoted: bool = False) -> str:
+    text = text.replace("\\", r"\\").replace("\n", r"\n")
+    return text.replace('"', r"\"") if quoted else text
+
+
+def _shown(value: float) -> str:
+    if math.isinf(value):
+        return "+Inf" if value > 0 else "-Inf"
+    return "NaN" if math.isnan(value) else repr(value) if isinstance(value, float) else str(int(value))

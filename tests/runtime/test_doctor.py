@@ -1,0 +1,89 @@
+"""What the doctor makes of what the broker says; the rest of it is tested where its findings come from."""
+
+from __future__ import annotations
+
+import pytest
+
+import prunus
+from prunus.runtime import doctor, reconcile
+from prunus.runtime.display import span
+from prunus.runtime.doctor import MAX_SHOWN, Finding, examine
+from prunus.runtime.profile import Profile
+from prunus.testing.local_daemon import LocalDaemon
+from prunus.testing.persister_contract import new
+from tests.runtime import features
+from tests.runtime.waiting import until
+
+
+def report(**changes: object) -> reconcile.Report:
+    return reconcile.Report(**{"now": 1000.0, "newest": 999.0, "version": prunus.__version__, **changes})  # type: ignore[arg-type]
+
+
+def said(changes: dict[str, object]) -> list[str]:
+    return [f"{one.subject}: {one.text}" for one in doctor._broker_itself(report(**changes), 1000.0, 1000.1)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"now": 1001.5, "newest": None}, []),
+        ({"version": "0.0.1"}, [f"version: the broker runs Prunus 0.0.1, and this is {prunus.__version__}"]),
+        ({"now": 900.0, "newest": 899.0}, ["clock: the broker's is 100 s behind ours"]),
+        ({"now": 1100.1}, ["clock: the broker's is 100 s ahead of ours"]),
+        ({"newest": 1000.0 + 3600}, [f"clock: it was set back: the newest process was created {span(3600)} from now"]),
+    ],
+)
+def test_versions_and_clocks_are_compared(changes: dict[str, object], expected: list[str]) -> None:
+    """Those of the broker with ours, and with what is in its database; small differences are none."""
+    found = said(changes)
+    assert len(found) == len(expected)
+    assert all(text.startswith(begin) for text, begin in zip(found, expected, strict=True))
+
+
+def test_of_many_findings_some_are_shown() -> None:
+    """The others are counted."""
+    found = [reconcile.Finding("no task", f"p{number}", "could go on") for number in range(MAX_SHOWN + 5)]
+    shown = list(doctor._unlooked(found, fixed=False))
+    assert len(shown) == MAX_SHOWN + 1
+    assert shown[-1] == Finding("problem", "processes", "5 more of the kind")
+    assert {one.level for one in doctor._unlooked(found, fixed=True)} == {"fixed"}
+
+
+async def test_it_asks_the_broker_until_it_has_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slice by slice, and with --fix until nothing is left."""
+    monkeypatch.setattr(reconcile, "MAX_FOUND", 3)
+    async with LocalDaemon(workers=0) as daemon:
+        for number in range(10):
+            daemon.store.create(new(f"p{number}"))
+        daemon.connection.execute("UPDATE process SET ready = 0 WHERE n % 2")
+        found = [one async for one in doctor._looked_after(daemon.controller, fix=False)]
+        assert sum("has lost that it can run" in one.text for one in found) == 5
+        fixed = [one async for one in doctor._looked_after(daemon.controller, fix=True)]
+        assert {one.level for one in fixed} == {"fixed"}
+        assert [one.subject async for one in doctor._looked_after(daemon.controller, fix=True)] == ["looked after"]
+        assert all(daemon.broker.exchange.has_task(f"p{number}") for number in range(10))
+
+
+async def test_a_process_that_ended_its_workers_leads_to_its_log() -> None:
+    """The advice names the evidence, the mending and the retry."""
+    async with LocalDaemon() as daemon:
+        daemon.store.max_crashes = 1
+        handle = await daemon.controller.launch(features.Gated, {"file": "/nowhere/gate"})
+        await until(handle, lambda row: row.state == "running")
+        await daemon.kill_worker("worker-1")
+        [one] = doctor._asides([await handle.record()])
+        short = handle.pid[-8:]
+        assert one.advice is not None
+        assert f"`prunus logs {short}` shows what the workers said last" in one.advice
+        assert one.advice.endswith(f"`prunus retry {short}`")
+        assert "its worker died once in the step 'run'" in one.text
+
+
+async def test_a_profile_that_is_not_there_is_one_finding() -> None:
+    """And a sentence."""
+
+    def find() -> Profile:
+        raise prunus.ProfileError("there is no profile here")
+
+    assert [one async for one in examine(find)] == [Finding("problem", "profile", "there is no profile here")]

@@ -1,0 +1,130 @@
+"""The text format of Prometheus, read by its grammar.
+
+https://prometheus.io/docs/instrumenting/exposition_formats/#text-format-details
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import msgspec
+import pytest
+
+from prunus.messaging.inventory import QueueStatistics
+from prunus.runtime.backend import BrokerStatus
+from prunus.runtime.metrics import as_prometheus
+from tests.runtime.brokers import session, status
+
+NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
+LABEL = re.compile(r'(?P<name>[a-zA-Z_][a-zA-Z0-9_]*)="(?P<value>(?:[^"\\\n]|\\["\\n])*)"(?:,|$)')
+SAMPLE = re.compile(rf"(?P<name>{NAME})(?:\{{(?P<labels>.*)\}})? (?P<value>\S+)")
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def read(text: str) -> tuple[Samples, dict[str, str]]:
+    """The samples and the type of each family. Fails for what is no text of this format."""
+    samples: Samples = {}
+    types: dict[str, str] = {}
+    helps: set[str] = set()
+    family = ""
+    assert text.endswith("\n")
+    for line in text[:-1].split("\n"):
+        if found := re.fullmatch(rf"# HELP ({NAME}) (?:[^\\]|\\[\\n])*", line):
+            assert found[1] not in helps, "one HELP for a name, before its samples"
+            helps.add(found[1])
+        elif found := re.fullmatch(rf"# TYPE ({NAME}) (counter|gauge)", line):
+            family = found[1]
+            assert family not in types, "all lines of a metric come as one group"
+            assert family in helps
+            types[family] = found[2]
+        else:
+            match = SAMPLE.fullmatch(line)
+            assert match, line
+            assert match["name"] == family
+            labels = match["labels"] or ""
+            pairs = [(label["name"], unescaped(label["value"])) for label in LABEL.finditer(labels)]
+            assert "".join(label[0] for label in LABEL.finditer(labels)) == labels, line
+            key = match["name"], tuple(pairs)
+            assert key not in samples, "a sample is there once"
+            samples[key] = float(match["value"].replace("Inf", "inf"))
+    return samples, types
+
+
+def unescaped(value: str) -> str:
+    return re.sub(r"\\(.)", lambda found: {"n": "\n"}.get(found[1], found[1]), value)
+
+
+def test_all_numbers_are_there() -> None:
+    """Those of the broker, of each queue, resource and role, and of the processes."""
+    samples, types = read(as_prometheus(status()))
+    render = (("queue", "render"),)
+    for name, value in {
+        "prunus_queue_ready": 1200,
+        "prunus_queue_delayed": 3,
+        "prunus_queue_blocked": 2,
+        "prunus_queue_held": 4,
+        "prunus_queue_dead": 5,
+        "prunus_queue_credit": 6,
+        "prunus_queue_oldest_seconds": 75,
+        "prunus_queue_accepted_total": 2000,
+        "prunus_queue_settled_total": 700,
+        "prunus_queue_rejected_total": 9,
+        "prunus_queue_limit_concurrency": 8,
+        "prunus_queue_limit_rate_per_s": 2.5,
+        "prunus_queue_limit_max_length": 10_000,
+    }.items():
+        assert samples[name, render] == value, name
+    assert samples["prunus_broker_uptime_seconds", ()] == 3700
+    assert samples["prunus_broker_database_bytes", ()] == 12_345_678
+    assert samples["prunus_broker_accepted_total", ()] == 2001
+    assert samples["prunus_resource_taken", (("resource", "gpu"),)] == 1
+    assert samples["prunus_resource_waiting", (("resource", "gpu"),)] == 17
+    assert samples["prunus_sessions", (("role", "owner"), ("connected", "true"))] == 2
+    assert samples["prunus_sessions", (("role", "viewer"), ("connected", "false"))] == 1
+    assert samples["prunus_processes", (("state", "finished"),)] == 1000
+    anna = (("session", f"laptop-{'2' * 32}"), ("role", "viewer"), ("key", "anna"))
+    assert samples["prunus_session_silent_seconds", anna] == 14
+    assert ("prunus_session_round_trip_seconds", anna) not in samples
+    worker = (("session", f"worker-1-{'1' * 32}"), ("role", "owner"), ("key", ""))
+    assert (samples["prunus_session_held", worker], samples["prunus_session_round_trip_seconds", worker]) == (4, 0.0012)
+    assert {name for name, kind in types.items() if kind == "counter"} == {
+        name for name in types if name.endswith("_total")
+    }
+
+
+def test_no_number_is_forgotten() -> None:
+    """Whatever the broker counts has a metric: each number changes the text when it changes."""
+    plain = as_prometheus(status())
+    for field in msgspec.structs.fields(BrokerStatus):
+        if field.type in (int, float, bool) and field.name != "pid":
+            changed = msgspec.structs.replace(status(), **{field.name: 77_777_777})
+            assert as_prometheus(changed) != plain, field.name
+    for field in msgspec.structs.fields(QueueStatistics):
+        if field.name not in ("limits", "accepted_per_s", "settled_per_s"):  # rates are made of the totals
+            queue = msgspec.structs.replace(status().queues["render"], **{field.name: 77_777_777})
+            assert as_prometheus(status(queues={"render": queue, "mail": QueueStatistics(ready=1)})) != plain, (
+                field.name
+            )
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    """A queue without limits or without a ready task has no such sample; and a metric without samples is not named."""
+    samples, types = read(as_prometheus(status(resources={}, queues={"mail": QueueStatistics()})))
+    assert not [name for name, _ in samples if "limit" in name or "oldest" in name or "resource" in name]
+    assert not [name for name in types if "limit" in name or "oldest" in name or "resource" in name]
+
+
+@pytest.mark.parametrize("name", ['say "hi"', "a\\b", "two\nlines", 'x",evil="1', "é ü", ""])
+def test_names_are_escaped(name: str) -> None:
+    """Whatever a queue is called, it stays inside of its label."""
+    samples, _ = read(as_prometheus(status(queues={name: QueueStatistics(ready=3)})))
+    assert samples["prunus_queue_ready", (("queue", name),)] == 3
+
+
+@pytest.mark.parametrize("number", [0.0, 1e300, math.inf, -math.inf, 0.1 + 0.2])
+def test_numbers_are_read_back_the_same(number: float) -> None:
+    """To the last digit."""
+    samples, _ = read(as_prometheus(status(uptime_s=number, sessions={"s": session()})))
+    assert samples["prunus_broker_uptime_seconds", ()] == number
