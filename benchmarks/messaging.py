@@ -1,16 +1,27 @@
-"""Tasks and questions between two OS processes through the real broker: this one sends, `consumer` receives.
+"""Tasks, questions and broadcasts between OS processes through the real broker: this one sends, `consumer` receives.
 
 A task is counted when it was stored (fsync, confirmed to the sender), delivered, acknowledged, and the
-acknowledgement was stored as well.
+acknowledgement was stored as well. AiiDA's broker and kiwipy over RabbitMQ do the same work in the same run (see
+`rivals`): AiiDA's does not fsync, RabbitMQ is a server that was started before.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
+import socket
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
 
+import psutil
+
+from benchmarks import rivals
+from benchmarks.checkpoints import fsyncs
 from benchmarks.clock import ROUNDS, percentile
 from benchmarks.consumer import ECHO, QUEUE
 from benchmarks.processes import has_peers
@@ -18,45 +29,112 @@ from benchmarks.run import Report
 from benchmarks.services import Services
 from prunus.errors import UnroutableError
 from prunus.messaging.communicator import Communicator
+from prunus.messaging.connecting import connect_to
 from prunus.messaging.local import LocalBroker
-from prunus.messaging.zeromq import connect_zmq
-from prunus.runtime.backend import Backend
 
-SECONDS = 3.0
-BODY = b"x" * 100
+SECONDS = 4.0
+BODY = b"x" * 300
+IN_FLIGHT = 200
 QUESTIONS = 2000
-READY_S = 20.0
+LISTENERS, LISTENING_PROCESSES, BROADCASTS = 100, 4, 200
+CLIENTS, SUBSCRIPTIONS_EACH = 1000, 10
+IDLE_S = 10.0
+READY_S = 60.0
 LOOK_S = 0.005
 
 
 async def measure(report: Report) -> None:
+    report.doing("AiiDA's broker and kiwipy over RabbitMQ do the same first")
+    theirs = await asyncio.to_thread(the_rivals)
     with Services() as services:
-        services.start("prunus.runtime.broker")
+        broker = services.start("prunus.runtime.broker")
         endpoint = services.profile.endpoint
-        services.spawn([sys.executable, "-m", "benchmarks.consumer", endpoint], "consumer")
-        async with await connect_zmq(endpoint, name="bench", timeout_s=READY_S) as communicator:
-            await consumer_is_ready(communicator)
-            for in_flight in (64, 1):
-                rate, commits = await tasks(communicator, in_flight)
-                report.add(f"durable tasks, {in_flight} in flight ({commits:,.0f} commits/s)", rate, "/s")
+        services.spawn(consumer("tasks", endpoint), "consumer")
+        async with await connect_to(endpoint, name="bench", timeout_s=READY_S) as communicator:
+            await somebody_answers(communicator, ECHO)
+            rate, commits = await tasks(communicator, IN_FLIGHT)
+            what = f"durable tasks, {IN_FLIGHT} in flight ({commits:,.0f} commits/s)"
+            for name, one in theirs.items():
+                report.add(what, rate, "/s", one.tasks, name)
+                if one.tasks_of_a_thread is not None:
+                    by_thread = f"{name}, its interface for threads"
+                    report.add(what, rate, "/s", one.tasks_of_a_thread, by_thread)
+            if not theirs:
+                report.add(what, rate, "/s")
+            rate, _ = await tasks(communicator, 1)
+            for name, one in theirs.items():
+                report.add(
+                    "durable tasks, each sent after the confirmation of the last", rate, "/s", one.one_by_one, name
+                )
+            await one_confirmation(report, communicator, services)
             times = await questions_ms(communicator)
-            report.add("RPC round trip, p50", percentile(times, 0.5), "ms")
-            report.add("RPC round trip, p99", percentile(times, 0.99), "ms")
+            for share in (0.5, 0.99):
+                what = f"RPC round trip, p{share * 100:.0f}"
+                for name, one in theirs.items():
+                    report.add(what, percentile(times, share), "ms", percentile(one.questions_ms, share), name)
+                if not theirs:
+                    report.add(what, percentile(times, share), "ms")
+            report.doing(f"{LISTENERS} subscribers in {LISTENING_PROCESSES} OS processes")
+            late = await broadcasts_ms(communicator, services)
+            report.add(f"broadcast to {LISTENERS} subscribers, p50", percentile(late, 0.5), "ms")
+            report.add(f"broadcast to {LISTENERS} subscribers, p99", percentile(late, 0.99), "ms")
+            report.doing(
+                f"{CLIENTS:,} clients with {SUBSCRIPTIONS_EACH} subscriptions each do nothing for {IDLE_S:g} s"
+            )
+            idle = await crowd_percent(communicator, services, broker.pid)
+            report.add(
+                f"broker with {CLIENTS:,} idle clients, {CLIENTS * SUBSCRIPTIONS_EACH:,} subscriptions, of one core",
+                idle,
+                "%",
+            )
     # Not the same work: kiwipy's local communicator calls the subscriber as a function. Ours is its whole broker in
     # this process: messages are encoded, routed, answered once, and may time out.
-    theirs = None
+    function_call = None
     if has_peers():
         from benchmarks.peers import kiwipy_rpc_us
 
-        theirs = await asyncio.to_thread(kiwipy_rpc_us)
-    report.add("RPC in one OS process; theirs: a function call", await local_rpc_us(), "us", theirs, "kiwipy 0.9")
+        function_call = await asyncio.to_thread(kiwipy_rpc_us)
+    report.add(
+        "RPC in one OS process; theirs: a function call", await local_rpc_us(), "us", function_call, "kiwipy 0.9"
+    )
 
 
-async def consumer_is_ready(communicator: Communicator) -> None:
+class Rivals:
+    """What one of them reached."""
+
+    def __init__(
+        self, tasks: float, one_by_one: float, questions_ms: list[float], tasks_of_a_thread: float | None
+    ) -> None:
+        self.tasks, self.one_by_one, self.questions_ms = tasks, one_by_one, questions_ms
+        self.tasks_of_a_thread = tasks_of_a_thread
+
+
+def the_rivals() -> dict[str, Rivals]:
+    names = {"aiida": "AiiDA 2.9 ZeroMQ"} if rivals.has_aiida() else {}
+    if rivals.has_rabbitmq():
+        names["rabbitmq"] = "kiwipy + RabbitMQ"
+    reached = {}
+    with Services() as services:
+        for name, title in names.items():
+            with rivals.rival(services, name) as one:
+                body = BODY.decode()
+                many = one.tasks(body, IN_FLIGHT, SECONDS)
+                of_a_thread = one.tasks_of_a_thread(body, SECONDS / 2) if name == "rabbitmq" else None
+                reached[title] = Rivals(
+                    many, one.tasks(body, 1, SECONDS / 2), one.questions_ms(QUESTIONS // 4), of_a_thread
+                )
+    return reached
+
+
+def consumer(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.consumer", *arguments]
+
+
+async def somebody_answers(communicator: Communicator, name: str) -> None:
     async with asyncio.timeout(READY_S):
         while True:
             try:
-                await communicator.rpc_send(ECHO, b"")
+                await communicator.rpc_send(name, b"")
                 return
             except UnroutableError:
                 await asyncio.sleep(LOOK_S)
@@ -64,8 +142,7 @@ async def consumer_is_ready(communicator: Communicator) -> None:
 
 async def tasks(communicator: Communicator, in_flight: int) -> tuple[float, float]:
     """Tasks and commits per second."""
-    backend = Backend(communicator)
-    before = await backend.statistics()
+    before = await communicator.statistics()
     begun = time.perf_counter()
     end = begun + SECONDS
     count = itertools.count()
@@ -77,10 +154,83 @@ async def tasks(communicator: Communicator, in_flight: int) -> tuple[float, floa
 
     await asyncio.gather(*(send() for _ in range(in_flight)))
     sent = next(count)
-    while (now := await backend.statistics())["settled"] - before["settled"] < sent:  # noqa: ASYNC110 (no event says so)
+    while (now := await communicator.statistics()).settled - before.settled < sent:  # noqa: ASYNC110 (no event says so)
         await asyncio.sleep(LOOK_S)
     taken = time.perf_counter() - begun
-    return sent / taken, (now["commits"] - before["commits"]) / taken
+    return sent / taken, (now.commits - before.commits) / taken
+
+
+async def one_confirmation(report: Report, communicator: Communicator, services: Services) -> None:
+    """How long a sender waits for one confirmation, beside the least that it could be: an fsync and a round trip."""
+    times = []
+    for _ in range(QUESTIONS // 2):
+        begun = time.perf_counter()
+        await communicator.task_send(BODY, queue="nobody takes these")
+        times.append((time.perf_counter() - begun) * 1e3)
+    await communicator.purge("nobody takes these")
+    with tempfile.TemporaryDirectory(prefix="prunus-bench-") as folder:
+        fsync_ms = 1e3 / fsyncs(Path(folder) / "probe")
+        endpoint = f"ipc://{folder}/echo"
+        services.spawn(consumer("echo", endpoint), "echo")
+        round_trip_ms = await asyncio.to_thread(raw_round_trip_ms, endpoint)
+        plain_ms = await asyncio.to_thread(plain_round_trip_ms)
+    for how, round_trip in (("over ZeroMQ", round_trip_ms), ("over a plain socket", plain_ms)):
+        report.add(
+            "a task confirmed, p50; the least: one fsync + one bare ipc round trip",
+            percentile(times, 0.5),
+            "ms",
+            fsync_ms + round_trip,
+            how,
+        )
+
+
+def raw_round_trip_ms(endpoint: str) -> float:
+    import zmq
+
+    with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        dealer.connect(endpoint)
+
+        def ask() -> None:
+            dealer.send(BODY)
+            dealer.recv()
+
+        return median_ms(ask)
+
+
+def plain_round_trip_ms() -> float:
+    """Two OS processes, one socket, nothing else."""
+    ours, its = socket.socketpair()
+    with ours, its:
+        echo = subprocess.Popen(
+            [sys.executable, "-c", ECHO_PROGRAM, str(its.fileno())], pass_fds=[its.fileno()], start_new_session=True
+        )
+
+        def ask() -> None:
+            ours.send(BODY)
+            ours.recv(1000)
+
+        try:
+            return median_ms(ask)
+        finally:
+            echo.kill()
+            echo.wait()
+
+
+ECHO_PROGRAM = """
+import socket, sys
+peer = socket.socket(fileno=int(sys.argv[1]))
+while data := peer.recv(1000):
+    peer.send(data)
+"""
+
+
+def median_ms(ask: Callable[[], None]) -> float:
+    times = []
+    for _ in range(QUESTIONS):
+        begun = time.perf_counter()
+        ask()
+        times.append((time.perf_counter() - begun) * 1e3)
+    return percentile(times, 0.5)
 
 
 async def questions_ms(communicator: Communicator) -> list[float]:
@@ -90,6 +240,45 @@ async def questions_ms(communicator: Communicator) -> list[float]:
         await communicator.rpc_send(ECHO, BODY)
         times.append((time.perf_counter() - begun) * 1e3)
     return times
+
+
+async def broadcasts_ms(communicator: Communicator, services: Services) -> list[float]:
+    """How long after it was sent each subscriber had each broadcast."""
+    names = [f"listeners-{number}" for number in range(LISTENING_PROCESSES)]
+    listeners = [
+        services.spawn(consumer("listeners", services.profile.endpoint, name, str(LISTENERS // len(names))), name)
+        for name in names
+    ]
+    for name in names:
+        await somebody_answers(communicator, name)
+    late: list[float] = []
+    for number in range(BROADCASTS):
+        await communicator.broadcast_send(str(time.perf_counter()).encode(), subject=f"bench.{number}")
+        await asyncio.sleep(0.02)
+    while len(late) < BROADCASTS * LISTENERS:
+        for name in names:
+            late += json.loads(await communicator.rpc_send(name, b""))
+    for listener in listeners:
+        listener.terminate()
+    return late
+
+
+async def crowd_percent(communicator: Communicator, services: Services, broker_pid: int) -> float:
+    crowd = services.spawn(consumer("crowd", services.profile.endpoint, str(CLIENTS), str(SUBSCRIPTIONS_EACH)), "crowd")
+    async with asyncio.timeout(READY_S):
+        while (await communicator.statistics()).broadcast_subscriptions < CLIENTS * SUBSCRIPTIONS_EACH:  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+    broker = psutil.Process(broker_pid)
+    before, begun = cpu_s(broker), time.perf_counter()
+    await asyncio.sleep(IDLE_S)
+    percent = (cpu_s(broker) - before) / (time.perf_counter() - begun) * 100
+    crowd.kill()
+    return percent
+
+
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 async def local_rpc_us() -> float:

@@ -2,7 +2,7 @@
 
 Each library does it in its own natural way: our steps are coroutines, plumpy's are functions on the loop, which ours
 can be too; neither stores or announces anything. The outlines count down in a loop, so a step includes the loop's
-condition.
+condition. An ``async def`` with an ``await`` in it has a task of its own, so it is measured too; it has not to wait.
 
 A checkpoint is of a process with ten inputs, to bytes and back to a process that could run on. plumpy's own persister
 pickles its bundle, AiiDA writes it as YAML: both ways are measured. Pickle is built of C and neither checks nor
@@ -48,8 +48,18 @@ class Counter(prunus.WorkChain):
         self.ctx.left -= 1
 
 
+class AwaitingCounter(Counter):
+    """The same with steps that may wait, but need not."""
+
+    async def count(self) -> None:
+        await self.take()
+
+    async def take(self) -> None:
+        self.ctx.left -= 1
+
+
 class PlainCounter(prunus.WorkChain):
-    """The same with plain functions on the loop, as plumpy has them."""
+    """The first one with plain functions on the loop, as plumpy has them."""
 
     run_sync_steps_in = "loop"
 
@@ -93,7 +103,7 @@ class Inputs(prunus.Process):
 
 def measure(report: Report) -> None:
     rounds = [asyncio.run(in_memory()) for _ in range(ROUNDS)]
-    trivial, step, plain_step = (min(values) for values in zip(*rounds, strict=True))
+    trivial, step, awaiting_step, plain_step = (min(values) for values in zip(*rounds, strict=True))
     process = Inputs()
     data = checkpoint_of(process)
     save = per_call_us(lambda: checkpoint_of(process), 500)
@@ -101,6 +111,7 @@ def measure(report: Report) -> None:
     rows = {
         "create and run a trivial process": trivial,
         "one step of an outline, async def; theirs def": step,
+        "one step of an outline, with an await; theirs def": awaiting_step,
         "one step of an outline, def on the loop": plain_step,
         "checkpoint: process to bytes; theirs as pickle": save,
         "checkpoint: process to bytes; theirs as YAML": save,
@@ -113,20 +124,20 @@ def measure(report: Report) -> None:
     report.add("memory of a process that waits, driven", asyncio.run(memory_of_waiting()) / 1000, "kB")
 
 
-async def in_memory() -> tuple[float, float, float]:
-    """Microseconds of a process, of a step, and of a plain step."""
+async def in_memory() -> tuple[float, float, float, float]:
+    """Microseconds of a process, of a step, of one that may wait, and of a plain one."""
     loop = asyncio.get_running_loop()
     begun = loop.time()
     for _ in range(500):
         await prunus.execute(Trivial)
     trivial = (loop.time() - begun) / 500
     steps = []
-    for chain in (Counter, PlainCounter):
+    for chain in (Counter, AwaitingCounter, PlainCounter):
         begun = loop.time()
         for _ in range(10):
             await prunus.execute(chain)
         steps.append((loop.time() - begun) / 10 / OUTLINE_STEPS)
-    return trivial * 1e6, steps[0] * 1e6, steps[1] * 1e6
+    return trivial * 1e6, steps[0] * 1e6, steps[1] * 1e6, steps[2] * 1e6
 
 
 async def memory_of_waiting() -> float:
@@ -152,6 +163,7 @@ def by_plumpy() -> tuple[list[float], str]:
     with Plumpy() as plumpy:
         return [
             plumpy.trivial_us(),
+            plumpy.step_us(),
             plumpy.step_us(),
             plumpy.step_us(),
             plumpy.save_us(dump_pickle),

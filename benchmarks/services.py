@@ -29,7 +29,7 @@ class Services:
     """
 
     def __init__(self, **config: Any) -> None:
-        self._config = Config(grace_s=1.0, import_from=[str(PROJECT)], **config)
+        self._config = Config(**{"grace_s": 1.0, "import_from": [str(PROJECT)], **config})
         self._folder = tempfile.TemporaryDirectory(prefix="prunus-bench-", ignore_cleanup_errors=True)
         self._children: list[subprocess.Popen[bytes]] = []
         self.profile: Profile
@@ -70,6 +70,15 @@ class Services:
             )
         self._children.append(child)
         return child
+
+    def kill_all(self) -> None:
+        """SIGKILL for all that runs here, as when the power goes."""
+        for pid in self.pids().values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for child in self._children:
+            child.kill()
+            child.wait()
 
     def pids(self) -> dict[str, int]:
         """The OS processes that run now, by service: ``daemon``, ``broker``, ``worker-1`` ..."""

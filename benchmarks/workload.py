@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import time
 
 import prunus
@@ -59,3 +60,49 @@ class Paced(prunus.WorkChain):
     async def nap(self) -> None:
         self.set_status(str(os.getpid()))
         await asyncio.sleep(0.02)
+
+
+class Nap(prunus.WorkChain):
+    """Parks for a while; says how late it was woken."""
+
+    @classmethod
+    def define(cls, spec: prunus.ProcessSpec) -> None:
+        super().define(spec)
+        spec.input("seconds", valid_type=float)
+        spec.output("late_s", valid_type=float)
+        spec.outline(cls.sleep, cls.wake)
+
+    async def sleep(self) -> prunus.Wait:
+        self.ctx.due = time.time() + self.inputs.seconds
+        return prunus.Wait(prunus.sleep(self.inputs.seconds))
+
+    async def wake(self) -> None:
+        self.out("late_s", time.time() - self.ctx.due)
+
+
+class Lived(prunus.WorkChain):
+    """Some steps that wait a little; each notes when it began (monotonic clock), and in which OS process."""
+
+    @classmethod
+    def define(cls, spec: prunus.ProcessSpec) -> None:
+        super().define(spec)
+        spec.input("file", valid_type=str)
+        spec.input("steps", valid_type=int)
+        spec.input("pace_s", valid_type=float)
+        spec.outline(cls.begin, prunus.while_(cls.more)(cls.live))
+
+    async def begin(self) -> None:
+        self.ctx.taken = 0
+
+    def more(self) -> bool:
+        return bool(self.ctx.taken < self.inputs.steps)
+
+    async def live(self) -> None:
+        self.ctx.taken += 1
+        line = f"{self.pid} {self.ctx.taken} {os.getpid()} {time.monotonic_ns()}\n"
+        descriptor = os.open(self.inputs.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+        await asyncio.sleep(random.uniform(0.5, 1.5) * self.inputs.pace_s)
