@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import threading
@@ -32,6 +33,13 @@ def _no_thread_is_left() -> Iterator[None]:
     for thread in left:
         thread.join(JOIN_S)
     assert not [thread.name for thread in left if thread.is_alive()]
+
+
+@pytest.fixture(autouse=True)
+def _logging_stays_on() -> Iterator[None]:
+    """Who turns logging off turns it on again: other tests read what is logged."""
+    yield
+    assert logging.root.manager.disable == 0
 
 
 @pytest.fixture(scope="session", autouse=True)

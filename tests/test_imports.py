@@ -35,3 +35,10 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
     """A wrong name fails as it does in every other module."""
     code = "import prunus\ntry: prunus.nothing\nexcept AttributeError as error: print(error)"
     assert run_alone(code) == "module 'prunus' has no attribute 'nothing'"
+
+
+def test_a_name_brings_only_what_it_needs() -> None:
+    """The errors are there without the processes; both modules are there without an import of their own."""
+    code = "import prunus, sys; prunus.errors.PrunusError; prunus.DaemonError; print('prunus.processes' in sys.modules)"
+    assert run_alone(code) == "False"
+    assert run_alone("import prunus; print(prunus.processes.Process is prunus.Process)") == "True"
