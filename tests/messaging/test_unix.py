@@ -35,14 +35,12 @@ from prunus.errors import (
     StoreFullError,
 )
 from prunus.messaging import server, unix
-from prunus.messaging.blobs import BlobStore
 from prunus.messaging.broker import PAUSE_S
 from prunus.messaging.communicator import Communicator
 from prunus.messaging.connecting import connect_to
 from prunus.messaging.doors import Connection
 from prunus.messaging.exchange import Exchange
 from prunus.messaging.inventory import QueueStatistics
-from prunus.messaging.liveness import boottime
 from prunus.messaging.messages import (
     LEASE_S,
     MAX_FRAME_BYTES,
@@ -66,7 +64,7 @@ from prunus.messaging.messages import (
 )
 from prunus.messaging.server import Server
 from prunus.messaging.unix import UnixDoor, socket_path
-from prunus.testing.communicator_contract import CommunicatorContract, ContractService, Inbox, echo
+from prunus.testing.communicator_contract import CommunicatorContract, Inbox, echo
 from tests.messaging import served
 from tests.messaging.raw import PATIENCE_S, RawPeer, framed, raw_peer
 
@@ -77,24 +75,9 @@ NOTHING = QueueStatistics()
 
 @contextmanager
 def serving(endpoint: str, lease_s: float = LEASE_S) -> Iterator[Exchange[Connection]]:
-    """A real server in a thread, with everything in memory, but blobs: they are beside its socket."""
-    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-    exchange: Exchange[Connection] = Exchange(
-        connection,
-        service=ContractService(connection),
-        blobs=BlobStore(Path(endpoint.removeprefix("ipc://")).with_name("blobs"), boottime()),
-        now=boottime(),
-        lease_s=lease_s,
-    )
-    with Server(exchange, endpoint) as server:
-        thread = threading.Thread(target=server.run, name="prunus-broker")
-        thread.start()
-        try:
-            yield exchange
-        finally:
-            server.stop()
-            thread.join()
-    connection.close()
+    """The exchange of a real server in a thread."""
+    with served.serving(endpoint, lease_s=lease_s) as server:
+        yield server._exchange
 
 
 @pytest.fixture
@@ -762,16 +745,18 @@ async def test_a_broker_watches_while_things_come_in_quick_succession(
     with served.serving(endpoint) as broker:
         broker._may_watch = True  # also where there is one processor
         waits: list[float | None] = []
+        slept = threading.Event()
         select = broker._selector.select
 
         def noted(timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
             waits.append(timeout)
+            if timeout:
+                slept.set()
             return select(timeout)
 
         monkeypatch.setattr(broker._selector, "select", noted)
         async with await connect_to(endpoint) as one:
             while 0 not in waits:
                 await one.statistics()
-        watched = len(waits)
-        while not any(waits[watched:]):
-            await asyncio.sleep(0.01)
+        slept.clear()
+        await asyncio.to_thread(slept.wait)

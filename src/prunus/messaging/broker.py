@@ -309,23 +309,19 @@ class BrokerCore:
             self._say_missed(session)
         return self._finish()
 
-    @property
-    def has_more(self) -> bool:
-        """Whether `go_on` has something to do."""
-        return bool(self._edits) and not self.hold_back
-
     def go_on(self) -> list[Effect]:
         """Do some more of an edit that is not done yet."""
-        if self.has_more:
-            edit = self._edits.popleft()
-            if not self._continue_edit(edit):
-                self._edits.append(edit)
+        if not self._has_more():
+            return []
+        edit = self._edits.popleft()
+        if not self._continue_edit(edit):
+            self._edits.append(edit)
         return self._finish()
 
     def due(self) -> float:
         """When `tick` or `go_on` has something to do next, at the latest a second after the last tick, however much is
         said meanwhile (and the wall clock may jump)."""
-        return self._now if self.has_more else min(self._ticked + TICK_S, self._queues.due())
+        return self._now if self._has_more() else min(self._ticked + TICK_S, self._queues.due())
 
     def disconnected(self, session: str) -> None:
         """Its connection is gone: nothing is delivered to it until it says `Hello` again."""
@@ -838,6 +834,10 @@ class BrokerCore:
         edit = _EditInHand(session, message, iter(tasks))
         if not self._continue_edit(edit):
             self._edits.append(edit)
+
+    def _has_more(self) -> bool:
+        """Whether an edit can go on."""
+        return bool(self._edits) and not self.hold_back
 
     def _continue_edit(self, edit: _EditInHand) -> bool:
         """Do the next tasks of it; whether that was all. Meanwhile each may have become what the edit is not about."""

@@ -235,8 +235,7 @@ class Exchange(Generic[Route]):
         def work() -> None:
             for route, frame in frames:
                 self._take(now, route, frame)
-            if self._core.has_more:
-                self._apply(self._core.go_on())
+            self._apply(self._core.go_on())
             if now >= self._timer_due:  # a busy broker has no idle moment for a `tick`
                 self._fire()
 

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from prunus.errors import ForkedProcessError
 from prunus.messaging.handover import running_loop
 from prunus.messaging.liveness import boottime
 from prunus.messaging.peer import CLOSE_TIMEOUT_S, PeerCommunicator
@@ -224,8 +223,6 @@ class ThreadedCommunicator(PeerCommunicator):
                 with self._lock:
                     if not self._finished:
                         self._try_turn(receive=True)
-        except ForkedProcessError:  # pragma: no cover (threads do not survive a fork)
-            pass
         except Exception:  # the outermost loop of the thread: whoever waits must hear of it
             logger.exception(BROKE)
         finally:

@@ -88,7 +88,7 @@ def open_database(path: str | os.PathLike[str], *, exclusive: bool = True) -> sq
     try:
         connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
     except sqlite3.Error as error:
-        raise _explained(error, path) from error
+        raise explain(error, path) from error
     try:
         _recognise(connection, path)
         _configure(connection, exclusive=exclusive and not in_memory, journal_mode="memory" if in_memory else "wal")
@@ -102,7 +102,7 @@ def open_database(path: str | os.PathLike[str], *, exclusive: bool = True) -> sq
                 _mark_log(connection)
     except sqlite3.Error as error:
         connection.close()
-        raise _explained(error, path) from error
+        raise explain(error, path) from error
     except PersistenceError:
         connection.close()
         raise
@@ -214,11 +214,6 @@ def is_damage(error: sqlite3.Error) -> bool:
     """Whether SQLite says that the file is not what it wrote. (Not that the disk below it can't be read or written.)"""
     code = getattr(error, "sqlite_errorcode", None)
     return code is not None and code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-
-def explain(error: sqlite3.Error, path: str | os.PathLike[str]) -> PersistenceError:
-    """An error of SQLite about the file at `path`, with what to do."""
-    return _explained(error, path)
 
 
 # --- space ------------------------------------------------------------------------------------------
@@ -339,7 +334,7 @@ def put_back(backup: Path, database: Path, prepare: Callable[[sqlite3.Connection
                     )
                 back_up(source, fresh)
         except sqlite3.Error as error:
-            raise _explained(error, backup) from error
+            raise explain(error, backup) from error
         with closing(open_database(fresh)) as copy:
             prepare(copy)
         return _change_places(fresh, database)
@@ -612,7 +607,8 @@ def file_system_of(path: Path, mounts: str) -> str:
     return kind
 
 
-def _explained(error: sqlite3.Error, path: str | os.PathLike[str]) -> PersistenceError:
+def explain(error: sqlite3.Error, path: str | os.PathLike[str]) -> PersistenceError:
+    """An error of SQLite about the file at `path`, with what to do."""
     match getattr(error, "sqlite_errorname", None):
         case "SQLITE_BUSY" | "SQLITE_LOCKED":
             return PersistenceError(f"another program has {path} open; is a daemon running? (`prunus daemon status`)")
