@@ -138,7 +138,7 @@ class ByHand(PeerCommunicator):
         self._core.connect(1.0)
         self.step(1.0, Welcome(broker_epoch=1))
 
-    def _wake(self) -> bool:
+    def _wake(self, *, at_once: bool = False) -> bool:
         return True
 
     def step(self, now: float, *messages: BrokerMessage) -> str | None:

@@ -18,6 +18,7 @@ from prunus.errors import CommunicatorClosedError, IndeterminateError, RemoteErr
 from prunus.messaging import client, threaded
 from prunus.messaging.communicator import Communicator
 from prunus.messaging.connecting import connect_to
+from prunus.messaging.handover import Crossing
 from prunus.messaging.threaded import ThreadedCommunicator
 from prunus.messaging.unix import UnixTransport
 from prunus.testing.communicator_contract import CommunicatorContract, echo
@@ -33,6 +34,8 @@ class Watched(UnixTransport):
     def __init__(self, endpoint: str) -> None:
         super().__init__(endpoint)
         self.receivers: set[int] = set()
+        self.sent = self.chunks = 0
+        """Frames, and the times that some of them were sent together."""
         self.on_received: Callable[[], None] = lambda: None
         self.thread_rests = threading.Event()
 
@@ -40,6 +43,14 @@ class Watched(UnixTransport):
         if not for_frames:
             self.thread_rests.set()
         return super().wait(timeout_s, for_frames=for_frames)
+
+    def send(self, frame: bytes) -> None:
+        self.sent += 1
+        super().send(frame)
+
+    def flush(self) -> None:
+        self.chunks += bool(self._out)
+        super().flush()
 
     def receive(self) -> tuple[list[bytes], str | None]:
         frames, broken = super().receive()
@@ -104,6 +115,78 @@ async def test_at_home_no_other_thread_is_on_the_way(endpoint: str) -> None:
         await one.add_task_subscriber(echo_task)
         assert await receipt.result() == b"y"
         assert transport.receivers == {threading.get_ident()}
+
+
+@pytest.mark.usefixtures("nothing_is_due")
+async def test_a_lone_request_leaves_at_once(endpoint: str) -> None:
+    """Not in the next turn of the loop, which may have much to do before."""
+    async with at_home(endpoint) as (one, transport):
+        sent = transport.sent
+        sending = asyncio.create_task(one.task_send(b"x"))
+        await asyncio.sleep(0)
+        assert transport.sent == sent + 1
+        await sending
+
+
+@pytest.mark.usefixtures("nothing_is_due")
+async def test_a_lone_answer_leaves_at_once(endpoint: str) -> None:
+    """Before anything else that its loop has to do."""
+    async with at_home(endpoint) as (one, transport):
+        sent_by_then: list[int] = []
+
+        async def answer(body: bytes) -> bytes:
+            sent = transport.sent
+            asyncio.get_running_loop().call_soon(lambda: sent_by_then.append(transport.sent - sent))
+            return body
+
+        await one.add_rpc_subscriber(answer, "me")
+        assert await one.rpc_send("me", b"x") == b"x"
+        assert sent_by_then == [1]
+
+
+@pytest.mark.usefixtures("nothing_is_due")
+async def test_what_is_asked_in_one_turn_of_the_loop_leaves_together(endpoint: str) -> None:
+    """But for the first; and so do the answers of handlers that end in one."""
+    async with at_home(endpoint) as (one, transport):
+        chunks = transport.chunks
+        sending = asyncio.gather(*(one.task_send(b"x") for _ in range(100)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert transport.chunks == chunks + 2
+        await sending
+        end, come = asyncio.Event(), asyncio.Semaphore(0)
+
+        async def wait(body: bytes) -> bytes:
+            come.release()
+            await end.wait()
+            return body
+
+        await one.add_rpc_subscriber(wait, "me")
+        asking = asyncio.gather(*(one.rpc_send("me", b"x") for _ in range(100)))
+        for _ in range(100):
+            await come.acquire()
+        sent, chunks = transport.sent, transport.chunks
+        end.set()
+        while transport.sent < sent + 100:
+            await asyncio.sleep(0)
+        assert transport.chunks <= chunks + 2
+        assert len(await asking) == 100
+
+
+@pytest.mark.usefixtures("nothing_is_due")
+async def test_who_asks_in_the_midst_of_a_turn_is_heard_in_the_next(endpoint: str) -> None:
+    """As a handler does whose first step is taken at once (an eager task): the lock is held by his own thread."""
+    async with at_home(endpoint) as (one, _):
+        answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+
+        class Asks(Crossing):
+            def arrive(self) -> None:
+                assert one._lock.locked()
+                one._post(lambda now: answer.set_result(None))
+
+        home = asyncio.get_running_loop()
+        one._post(lambda now: one._handover.add(home, Asks()))
+        await answer
 
 
 async def echo_task(task: object) -> bytes:

@@ -324,6 +324,11 @@ class ClientCore:
             heapq.heappop(self._deadlines)
         return min(next_sign, self._deadlines[0][0]) if self._deadlines else next_sign
 
+    @property
+    def is_idle(self) -> bool:
+        """No request waits for its answer."""
+        return not self._unanswered
+
     def take(self) -> list[bytes]:
         """The frames to send, in order; they are handed over once."""
         frames, self._out = self._out, []

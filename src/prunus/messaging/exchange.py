@@ -9,7 +9,7 @@ ends its process. A new one starts from the disk, and the clients say again what
 
 Nothing here knows what the service keeps; the service shares the connection, and leaves transactions to the exchange.
 The service may have timers, by a clock of its own (the wall clock, which jumps): how long the next one has to wait is
-asked after every commit and every tick, so at least once a second, and those that are late fire at once.
+asked anew after every commit and every tick, so at least once a second, and those that are late fire at once.
 """
 
 from __future__ import annotations
@@ -204,7 +204,9 @@ class Exchange(Generic[Route]):
         """What each session got of blobs in this batch."""
         self._written = False
         self._timer_due = math.inf if service is None else now
-        """The `now` at which the service's timers are to be looked at."""
+        """The `now` at which the service's timers are to be looked at ..."""
+        self._timers_asked_at: float | None = None
+        """... unless the service has to be asked anew, since what happened at this `now`."""
         self._unknown: set[str] = set()
         """Resources of which the log says that something waits for them in vain."""
         self._stopped: BrokerStoppedError | None = None
@@ -236,7 +238,7 @@ class Exchange(Generic[Route]):
             for route, frame in frames:
                 self._take(now, route, frame)
             self._apply(self._core.go_on())
-            if now >= self._timer_due:  # a busy broker has no idle moment for a `tick`
+            if now >= self._next_timer():  # a busy broker has no idle moment for a `tick`
                 self._fire()
 
         return self._behind_the_barrier(work, now)
@@ -296,7 +298,7 @@ class Exchange(Generic[Route]):
 
     def due(self) -> float:
         """The `now` at which `tick` must be called, at the latest."""
-        return self._core.due() if self._refuse_changes is not None else min(self._core.due(), self._timer_due)
+        return self._core.due() if self._refuse_changes is not None else min(self._core.due(), self._next_timer())
 
     # --- what can be asked ---
 
@@ -390,15 +392,22 @@ class Exchange(Generic[Route]):
             self._stopped = error
             raise
         committed, self._written = self._written, False
-        if now is not None and self._service is not None and (committed or ticked or now >= self._timer_due):
+        if now is not None and (committed or ticked):
             # Only a commit sets a timer, and only the wall clock can bring one nearer: each tick looks at that.
-            due = self._service.due()
-            self._timer_due = math.inf if due is None else now + due
+            self._timers_asked_at = now
         sends, self._sends = self._sends, []
         news, self._news = self._news, []
         for session, peer in news:
             self.on_session(session, peer)
         return sends
+
+    def _next_timer(self) -> float:
+        """The service is asked when somebody wants to know, which is after what was committed has been said."""
+        if self._timers_asked_at is not None and self._service is not None:
+            due = self._service.due()
+            self._timer_due = math.inf if due is None else self._timers_asked_at + due
+            self._timers_asked_at = None
+        return self._timer_due
 
     def _let_go(self) -> None:
         """Whoever is gone in this batch holds nothing any more, in the service too."""

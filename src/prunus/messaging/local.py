@@ -197,7 +197,7 @@ class LocalCommunicator(PeerCommunicator):
         self._frames.clear()
         self._finish()
 
-    def _wake(self) -> bool:
+    def _wake(self, *, at_once: bool = False) -> bool:
         if self._loop.is_closed():
             return False
         if not self._awake:

@@ -148,7 +148,7 @@ class PeerCommunicator(ABC):
         # From here on: the core's side only.
         self._core = ClientCore(self._session, this_peer(), secret=secrets.token_hex(16))
         self._handover = Handover()
-        self._jobs = Jobs(self._handover, self._wake)
+        self._jobs = Jobs(self._handover, self._job_ended)
         self._deliveries = Deliveries(self._core, self._jobs, self._handover)
         self._finished = False
         self._goodbye: int | None = None
@@ -371,7 +371,7 @@ class PeerCommunicator(ABC):
         self._closing = True
         caller = serving()
         self._commands.append(lambda now: self._begin_close(now, waiter, caller))
-        if not self._wake():
+        if not self._wake(at_once=True):
             return
         await waiter.future
         self._joined()
@@ -388,8 +388,9 @@ class PeerCommunicator(ABC):
     # --- what a subclass does ---
 
     @abstractmethod
-    def _wake(self) -> bool:
-        """Have `_step` run soon; thread-safe. False if it will never run again."""
+    def _wake(self, *, at_once: bool = False) -> bool:
+        """Have `_step` run soon; thread-safe. False if it will never run again. `at_once`: nothing that would be better
+        said together with it is about to come."""
 
     def _check_caller(self) -> None:  # noqa: B027 (not every subclass has a thread of its own)
         """Raise if the caller would wait for itself."""
@@ -499,8 +500,11 @@ class PeerCommunicator(ABC):
 
     def _enqueue(self, command: Command) -> None:
         self._commands.append(command)
-        if not self._wake():
+        if not self._wake(at_once=self._core.is_idle):
             raise CommunicatorClosedError
+
+    def _job_ended(self) -> None:
+        self._wake(at_once=len(self._jobs) == 1)
 
     # --- the core's side ---
 
@@ -511,7 +515,8 @@ class PeerCommunicator(ABC):
             reconnect = self._act(now, event) or reconnect
         while self._commands:
             self._commands.popleft()(now)
-        self._jobs.collect(now)
+        if self._jobs.ended:
+            self._jobs.collect(now)
         try:
             for frame in frames:
                 for event in self._core.on_frame(now, frame):

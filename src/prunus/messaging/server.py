@@ -46,7 +46,7 @@ MAX_ALL_BACKLOGS_BYTES = 256 * 1024 * 1024
 NO_REST_S = 1.0
 """A broker to which more comes all the while than it can do looks after the dead and the silent at least so often:
 everybody had his turn by then."""
-WATCHFUL_S = 0.0002
+WATCHFUL_S = 0.0003
 """While things come within so long of each other the broker looks for the next one instead of sleeping, for as long:
 to sleep and be woken takes about that time, and who waits for an answer waits for it twice ..."""
 BRISK = 3
@@ -279,11 +279,11 @@ class Server:
     def _flush(self, connection: Connection, now: float) -> None:
         """Send what waits for it, and close its connection if it is too much that stays."""
         connection.flush(now)
+        if not connection.waiting_frames:
+            self._waiting_bytes -= self._waiting.pop(connection, 0)
+            return
         left = connection.waiting_bytes
         self._waiting_bytes += left - self._waiting.get(connection, 0)
-        if not connection.waiting_frames:
-            self._waiting.pop(connection, None)
-            return
         self._waiting[connection] = left
         if connection.waiting_frames > MAX_BACKLOG_FRAMES or left > MAX_BACKLOG_BYTES:
             logger.warning("a peer does not read; its connection is closed, and all is said again when it is back")

@@ -115,13 +115,20 @@ class ThreadedCommunicator(PeerCommunicator):
         """Say nothing, and show no life to the broker, as long as this is False. It is called on the own thread."""
         self._may_speak = is_alive
 
-    def _wake(self) -> bool:
+    def _wake(self, *, at_once: bool = False) -> bool:
         if self._gone:
             return False
         if not self._alone:
             home = running_loop()
             if home is not None and home is self._home:
-                if not self._is_called:  # once is enough for all commands of this turn of the loop
+                if self._is_called:  # once is enough for all commands of this turn of the loop
+                    return True
+                if at_once and self._lock.acquire(blocking=False):  # else a turn is being made, perhaps by our caller
+                    try:
+                        self._make_turn(receive=False)
+                    finally:
+                        self._lock.release()
+                else:
                     self._is_called = True
                     home.call_soon(self._on_commands)
                 return True
@@ -186,18 +193,22 @@ class ThreadedCommunicator(PeerCommunicator):
 
     def _turn_at_home(self, *, receive: bool) -> None:
         with self._lock:
-            if self._finished:
-                return
-            try:
-                self._try_turn(receive=receive)
-            except BaseException:  # Ctrl-C
-                self._interrupted = True
-                self._transport.wake()
-                raise
-            if self._finished:
-                self._leave_home()
-            if self._finished or not self._core.up or self._due_at < self._looks_at:
-                self._transport.wake()
+            self._make_turn(receive=receive)
+
+    def _make_turn(self, *, receive: bool) -> None:
+        """With the lock."""
+        if self._finished:
+            return
+        try:
+            self._try_turn(receive=receive)
+        except BaseException:  # Ctrl-C
+            self._interrupted = True
+            self._transport.wake()
+            raise
+        if self._finished:
+            self._leave_home()
+        if self._finished or not self._core.up or self._due_at < self._looks_at:
+            self._transport.wake()
 
     def _leave_home(self) -> None:
         """Nothing is watched there any more."""

@@ -50,6 +50,7 @@ RECONNECT_S = (0.02, 0.1)
 
 BROKEN = "the connection broke"
 
+_NOTHING = memoryview(b"")
 _LENGTH = struct.Struct("!I")
 _CREDENTIALS = struct.Struct("3i")
 
@@ -122,7 +123,7 @@ class FrameWriter:
         self._frames: deque[bytes] = deque()
         self._size = 0
         """The bytes of these frames."""
-        self._chunk = memoryview(b"")
+        self._chunk = _NOTHING
         """What is being written."""
 
     def __len__(self) -> int:
@@ -140,22 +141,29 @@ class FrameWriter:
 
     def clear(self) -> None:
         self._frames.clear()
-        self._size, self._chunk = 0, memoryview(b"")
+        self._size, self._chunk = 0, _NOTHING
 
     def write_to(self, connection: socket.socket) -> bool:
         """As much as there is room for; whether that was all. Raises `OSError` if the connection is broken."""
-        while self:
-            if not self._chunk:
-                self._chunk = memoryview(self._next_chunk())
+        while self._frames or self._chunk:
+            chunk = self._chunk or self._next_chunk()
             try:
-                written = connection.send(self._chunk)
+                written = connection.send(chunk)
             except (BlockingIOError, InterruptedError):
+                written = 0
+            self._chunk = memoryview(chunk)[written:] if written < len(chunk) else _NOTHING
+            if not written:
                 return False
-            self._chunk = self._chunk[written:]
         return True
 
     def _next_chunk(self) -> bytes:
+        """At least one frame; there is one."""
         frames, size = self._frames, 0
+        if len(frames) == 1:
+            [frame] = frames
+            frames.clear()
+            self._size = 0
+            return _LENGTH.pack(len(frame)) + frame
         parts: list[bytes] = []
         while frames and size < WRITE_BYTES:
             frame = frames.popleft()

@@ -128,17 +128,17 @@ class DiskGuard:
         self.space = Space.NEW_WORK
         """At the last `check`."""
 
-    def is_scarce(self, size: int) -> bool:
+    def is_scarce(self, size: int, now: float) -> bool:
         """Whether new work would be refused, if `size` bytes come."""
-        return self._free() < LOW_SPACE_BYTES + COPIES * size
+        return self._free(now) < LOW_SPACE_BYTES + COPIES * size
 
     def room_for(self, size: int, now: float) -> Space:
         """What there is room for, if `size` bytes come. Gives up the ballast at once when space is low."""
-        free = self._free()
+        free = self._free(now)
         self._measured -= COPIES * size
         if free < LOW_SPACE_BYTES and self._ballast.exists():
             self._ballast.unlink(missing_ok=True)
-            free = self._free()
+            free = self._free(now)
         if free < NO_SPACE_BYTES + COPIES * size or now < self._refused_until_s:
             return Space.NOTHING
         return Space.RUNNING_WORK if free < LOW_SPACE_BYTES + COPIES * size else Space.NEW_WORK
@@ -147,7 +147,7 @@ class DiskGuard:
         """Look at the disk, say what changed, and make the ballast again when there is room."""
         before, self.space = self.space, self.room_for(0, now)
         if self.space != before:
-            kB = self._free() // 1024
+            kB = self._free(now) // 1024
             match self.space:
                 case Space.NOTHING:
                     logger.error(
@@ -163,7 +163,7 @@ class DiskGuard:
                     )
                 case Space.NEW_WORK:
                     logger.info("there is space in %s again: new work is taken", self._folder)
-        if self.space is Space.NEW_WORK and self._free() > LOW_SPACE_BYTES + 2 * BALLAST_BYTES:
+        if self.space is Space.NEW_WORK and self._free(now) > LOW_SPACE_BYTES + 2 * BALLAST_BYTES:
             self._keep_ballast()
 
     def found_none(self, now: float) -> None:
@@ -171,8 +171,7 @@ class DiskGuard:
         self._refused_until_s = now + FULL_PAUSE_S
         self._ballast.unlink(missing_ok=True)
 
-    def _free(self) -> int:
-        now = boottime()
+    def _free(self, now: float) -> int:
         if self._measured < PLENTY_BYTES or now >= self._measured_until_s:
             status = os.statvfs(self._folder)
             self._measured, self._measured_until_s = status.f_bavail * status.f_frsize, now + MEASURED_S
@@ -213,7 +212,7 @@ class Broker:
         """By state: where the next batch of ended processes begins, if it is not the first."""
         self._connection: sqlite3.Connection = open_database(database)
         try:
-            if not self._guard.is_scarce(WAL_LIMIT_BYTES):
+            if not self._guard.is_scarce(WAL_LIMIT_BYTES, boottime()):
                 lay_out_log(self._connection)
             with _the_disk_may_fail():
                 self._store = ProcessStore(self._connection)
@@ -236,6 +235,7 @@ class Broker:
             raise
         self._next_check_s = self._next_emptying_s = self._next_forgetting_s = 0.0
         self._next_pruning_s = 0.0
+        self._admitted = Space.NEW_WORK
 
     def look_after(self, now: float, put: Put) -> None:
         """Called by the server in every turn, with the time (`boottime`): goes on with a backup, and checks now and
@@ -244,7 +244,7 @@ class Broker:
         if now < self._next_check_s:
             return
         self._next_check_s = now + CHECK_INTERVAL_S
-        scarce = self._guard.is_scarce(0)
+        scarce = self._guard.is_scarce(0, now)
         self._empty_log(now, SCARCE_WAL_LIMIT_BYTES if scarce else WAL_LIMIT_BYTES, shrink=scarce)
         self._guard.check(now)
         self._admit(self._guard.space)
@@ -273,7 +273,7 @@ class Broker:
 
     def _make_room(self, size: int) -> None:
         now = boottime()
-        if self._guard.is_scarce(size) and now >= self._next_emptying_s:
+        if now >= self._next_emptying_s and self._guard.is_scarce(size, now):
             self._empty_log(now, SCARCE_WAL_LIMIT_BYTES, shrink=True)
         self._admit(self._guard.room_for(size, now))
 
@@ -314,7 +314,9 @@ class Broker:
                 self._next_pruning_s = now
 
     def _admit(self, space: Space) -> None:
-        path = str(self._database)
+        if space is self._admitted:
+            return
+        self._admitted, path = space, str(self._database)
         self.exchange.refuse_changes = self._service.refuse_changes = None if space else path
         self.exchange.refuse_new = self._service.refuse_new = None if space is Space.NEW_WORK else path
 

@@ -39,7 +39,7 @@ PATIENCE_S = 20.0
 class BlindGuard(DiskGuard):
     """Believes that there is always room."""
 
-    def is_scarce(self, size: int) -> bool:
+    def is_scarce(self, size: int, now: float) -> bool:
         return False
 
     def room_for(self, size: int, now: float) -> Space:

@@ -163,7 +163,7 @@ class SimCommunicator(PeerCommunicator):
         self._is_dead = True
         self._finish()
 
-    def _wake(self) -> bool:
+    def _wake(self, *, at_once: bool = False) -> bool:
         if self._is_dead:
             return False
         if not self._is_awake:
