@@ -277,7 +277,7 @@ def test_stored_before_confirmed_and_delivered(bench: Bench) -> None:
     assert bench.delivery(deliver.task) == ("bob", delivery)
     changes = bench.changes()
     assert changes.tasks == [deliver.task]
-    assert changes.clients["ann"].done == 2
+    assert changes.marks["ann"].done == 2
 
 
 def test_what_came_and_went_in_one_batch_leaves_no_row(bench: Bench) -> None:
@@ -345,7 +345,7 @@ def restarted(bench: Bench, stored: list[Changes]) -> Bench:
     answers: dict[tuple[str, int], bytes] = {}
     tasks: dict[int, Task] = {}
     for changes in stored:
-        for name, client in changes.clients.items():
+        for name, client in {**changes.clients, **changes.marks}.items():
             assert client is not None
             clients[name] = Client(secret=client.secret, done=client.done, undone=dict(client.undone))
         answers |= changes.answers
@@ -412,7 +412,7 @@ def test_a_hostile_gap_costs_nothing(bench: Bench) -> None:
     """An id far ahead is no reason to remember all those below it."""
     bench.say("ann", send(2**60, queue="q"))
     bench.say("ann", send(2**61, queue="q"))
-    assert len(bench.changes().clients["ann"].undone) <= broker.MAX_ANSWERS
+    assert len(bench.changes().marks["ann"].undone) <= broker.MAX_ANSWERS
 
 
 # --- settling ---

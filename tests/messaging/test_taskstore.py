@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 import zlib
 from collections.abc import Iterator
@@ -113,11 +114,179 @@ def test_what_is_taken_back_is_gone(connection: sqlite3.Connection) -> None:
     assert state.answers == (("ann", 2, b"new"), ("ann", 9, b"9"))
 
 
+# --- marks ---
+
+
+def done_by(connection: sqlite3.Connection) -> dict[str, tuple[int, list[int]]]:
+    """What a broker that starts now knows of each client."""
+    return {session: (one.done, list(one.undone)) for session, one in TaskStore(connection).load().clients}
+
+
+def sends(store: TaskStore, number: int, session: str, client: Client) -> Task:
+    """A batch in which a client sends a task, and nothing else."""
+    client.done += 1
+    sent = task(number)
+    write(store, sent, marks={session: client})
+    return sent
+
+
+def test_a_mark_is_written_beside_a_task(connection: sqlite3.Connection) -> None:
+    """One row for a task and for what its sender has done: one page of the file."""
+    store, ann = TaskStore(connection), Client()
+    write(store, clients={"ann": ann})
+    before = connection.total_changes
+    sends(store, 1, "ann", ann)
+    ann.undone[2] = None
+    ann.done = 3
+    sends(store, 2, "ann", ann)
+    assert connection.total_changes == before + 2
+    assert done_by(connection) == {"ann": (4, [2])}
+
+
+def test_a_mark_outlives_its_task(connection: sqlite3.Connection) -> None:
+    """It sinks when a task goes that may carry it; one that can carry none is not worth a write."""
+    store, ann = TaskStore(connection), Client()
+    write(store, clients={"ann": ann})
+    first, second = sends(store, 1, "ann", ann), sends(store, 2, "ann", ann)
+    first.place = second.place = ""
+    write(store, second)
+    assert done_by(connection) == {"ann": (3, [])}
+    before = connection.total_changes
+    write(store, first)
+    assert connection.total_changes == before + 1
+
+
+def test_a_mark_without_a_task_sinks(connection: sqlite3.Connection) -> None:
+    """Beside nothing it is written by itself, also if its task went in the same batch."""
+    store, ann = TaskStore(connection), Client()
+    write(store, clients={"ann": ann})
+    ann.done = 5
+    write(store, task(1, place=""), marks={"ann": ann})
+    assert done_by(connection) == {"ann": (5, [])}
+
+
+def test_a_long_mark_sinks(connection: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskstore, "MAX_MARKS_BYTES", 10)
+    store, ann = TaskStore(connection), Client()
+    write(store, clients={"ann": ann})
+    ann.undone = dict.fromkeys((1, 2, 3))
+    ann.done = 4
+    sends(store, 1, "ann", ann)
+    assert connection.execute("SELECT marks FROM broker_task").fetchall() == [(None,)]
+    assert done_by(connection) == {"ann": (5, [1, 2, 3])}
+
+
+def test_marks_are_looked_for_among_the_newest_tasks_only(
+    connection: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are."""
+    monkeypatch.setattr(taskstore, "MAX_AFLOAT", 10)
+    store, ann = TaskStore(connection), Client()
+    write(store, clients={"ann": ann})
+    for number in range(1, 96):
+        sends(store, number, "ann", ann)
+        [[sunk]] = connection.execute(taskstore.LOAD_SUNK).fetchall() or [[0]]
+        assert number - sunk < 10
+    assert done_by(connection) == {"ann": (96, [])}
+
+
+def test_a_task_that_is_written_late_carries_no_mark(connection: sqlite3.Connection) -> None:
+    """On a full disk it waited, while newer ones were written and marks sank: nobody would look for it there."""
+    store, ann = TaskStore(connection), Client()
+    write(store, task(2), clients={"ann": ann})
+    sends(store, 1, "ann", ann)
+    assert done_by(connection) == {"ann": (2, [])}
+
+
+def test_numbers_that_begin_anew_carry_marks(connection: sqlite3.Connection) -> None:
+    """A broker that starts with no tasks counts them from one again."""
+    store, ann = TaskStore(connection), Client()
+    write(store, clients={"ann": ann})
+    for number in range(1, 6):
+        sends(store, number, "ann", ann).place = ""
+    write(store, *(task(number, place="", is_stored=True) for number in range(1, 6)))
+    store = TaskStore(connection)
+    [(_, ann)] = store.load().clients
+    write(store)
+    sends(store, 1, "ann", ann)
+    assert connection.execute("SELECT marks IS NULL FROM broker_task").fetchall() == [(0,)]
+    assert done_by(connection) == {"ann": (7, [])}
+
+
+def test_a_client_that_was_forgotten_does_not_come_back(connection: sqlite3.Connection) -> None:
+    """Its mark stands beside a task that is still there; another client of that name has done nothing yet."""
+    store, ann = TaskStore(connection), Client()
+    write(store, clients={"ann": ann})
+    sends(store, 1, "ann", ann)
+    write(store, clients={"ann": None})
+    assert done_by(connection) == {}
+    write(store, clients={"ann": Client()})
+    assert done_by(connection) == {"ann": (1, [])}
+
+
+def test_what_was_written_without_marks_counts(connection: sqlite3.Connection) -> None:
+    """An older Prunus, which knows nothing of them, wrote what the client had done by then."""
+    store, ann = TaskStore(connection), Client()
+    write(store, clients={"ann": ann})
+    sends(store, 1, "ann", ann)
+    connection.execute(taskstore.SAVE_CLIENT, ("ann", None, 9, b"\x90"))
+    assert done_by(connection) == {"ann": (9, [])}
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_happens_marks_are_known(
+    connection: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Tasks come, go, or do both in one batch; clients come, go, come again, and are refused; the broker restarts."""
+    monkeypatch.setattr(taskstore, "MAX_AFLOAT", 7)
+    chance = random.Random(seed)
+    store, clients, there, number = TaskStore(connection), dict[str, Client](), list[Task](), 0
+    for _ in range(150):
+        changes: dict[str, dict[str, Client | None]] = {"clients": {}, "marks": {}}
+        batch = []
+        for _ in range(chance.randrange(4)):
+            name = chance.choice("abc")
+            client = clients.get(name)
+            match chance.randrange(6):
+                case 0 if client is None:
+                    changes["clients"][name] = clients[name] = Client(secret=name.encode())
+                case 1 if client is not None and name not in changes["marks"]:
+                    changes["clients"][name] = None
+                    del clients[name]
+                case 2 if client is not None:
+                    client.undone[client.done] = None
+                    client.done += 1
+                case 3 | 4 if client is not None:
+                    client.done += 1
+                    changes["marks"][name] = client
+                    number += 1
+                    batch.append(task(number, place=chance.choice(("ready", "ready", "settled", ""))))
+                case 5 if there:
+                    gone = there.pop(chance.randrange(len(there)))
+                    gone.place = ""
+                    batch.append(gone)
+        write(store, *batch, **changes)
+        there += [one for one in batch if one.place]
+        if chance.random() < 0.2:
+            store = TaskStore(connection)
+            known = dict(store.load().clients)
+            assert {name: _done(one) for name, one in known.items()} == {
+                name: _done(one) for name, one in clients.items()
+            }
+            write(store)
+            clients, number = known, max((one.number for one in there), default=0)
+
+
+def _done(client: Client) -> set[int]:
+    return {request for request in range(client.done) if request not in client.undone}
+
+
 def test_tasks_without_a_depth_are_read(connection: sqlite3.Connection) -> None:
-    """The tables of the version before had priorities alone."""
+    """The tables of the version before had priorities alone, and no marks."""
     write(TaskStore(connection), task(1, urgency=urgency_of(7)), task(2, urgency=urgency_of(7, 3)))
     assert [(priority_of(one.urgency), depth_of(one.urgency)) for one in loaded(connection)] == [(7, 0), (7, 3)]
     connection.execute("ALTER TABLE broker_task DROP COLUMN depth")
+    connection.execute("ALTER TABLE broker_task DROP COLUMN marks")
     assert [(priority_of(one.urgency), depth_of(one.urgency)) for one in loaded(connection)] == [(7, 0), (7, 0)]
     write(TaskStore(connection), task(3, urgency=urgency_of(7, 3)))
     assert depth_of(loaded(connection)[2].urgency) == 3

@@ -159,6 +159,8 @@ class Changes(msgspec.Struct, kw_only=True):
     """Those without a place are gone."""
     sessions: dict[str, Peer | None] = {}
     clients: dict[str, Client | None] = {}
+    marks: dict[str, Client] = {}
+    """Those of which only what they have done is new."""
     dropped: dict[str, int] = {}
     """By session: forget the answers to its requests below this ..."""
     answers: dict[tuple[str, int], bytes] = {}
@@ -168,7 +170,14 @@ class Changes(msgspec.Struct, kw_only=True):
 
     def __bool__(self) -> bool:
         return bool(
-            self.tasks or self.sessions or self.clients or self.dropped or self.answers or self.limits or self.resources
+            self.tasks
+            or self.sessions
+            or self.clients
+            or self.marks
+            or self.dropped
+            or self.answers
+            or self.limits
+            or self.resources
         )
 
 
@@ -362,6 +371,7 @@ class BrokerCore:
         if lasting:
             self._changes.sessions, changes.sessions = changes.sessions, {}
             self._changes.clients, changes.clients = changes.clients, {}
+            self._changes.marks, changes.marks = changes.marks, {}
             self._changes.dropped, changes.dropped = changes.dropped, {}
         return changes
 
@@ -732,6 +742,7 @@ class BrokerCore:
         if client.answers:
             self._changes.dropped[session] = _LAST
         self._changes.clients[session] = None
+        self._changes.marks.pop(session, None)
 
     # --- tasks ---
 
@@ -760,7 +771,7 @@ class BrokerCore:
         client.undone.pop(request, None)
         confirmation = TaskStored(id=request, task=task.id, stored=stored)
         if stored:
-            self._changes.clients[session] = client
+            self._changes.marks[session] = client
             self._send(session, confirmation)
         else:
             self._answer(session, request, encode(confirmation))

@@ -6,6 +6,10 @@ every method works inside the transaction of its caller, who decides when all of
 What changed in a batch is written once, whatever happened to it meanwhile: a task that came and was settled in the same
 batch leaves no trace. Bodies stay here: those that came lately in memory, up to `BODY_CACHE_BYTES`, all others on disk
 alone, each with a checksum.
+
+What a client has done changes with each task that it sends. That is its *mark*, and goes beside the task, into a page
+that is written anyway: it is *afloat*. When a task that may carry one goes away, or after `MAX_AFLOAT` tasks, all that
+are afloat *sink* to the table of clients, and so they do when the broker starts.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import sqlite3
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
@@ -27,6 +32,10 @@ BODY_CACHE_BYTES = 32 * 1024 * 1024
 """Bodies of tasks that were accepted lately are kept in memory up to this."""
 BODY_OVERHEAD_BYTES = 200
 """What a body in memory costs besides its bytes."""
+MAX_AFLOAT = 10_000
+"""Among so many of the newest tasks marks are looked for when the broker starts."""
+MAX_MARKS_BYTES = 1000
+"""Marks that are longer than this together are too large to be beside a task."""
 
 # Every task that was accepted and is not done with; `place` is its rank among tasks of one priority.
 CREATE_TASK = """
@@ -35,7 +44,7 @@ CREATE_TASK = """
         priority INTEGER NOT NULL, place INTEGER NOT NULL, attempt INTEGER NOT NULL, max_attempts INTEGER NOT NULL,
         sent_at REAL NOT NULL, not_before REAL NOT NULL, expires_at REAL NOT NULL, resources TEXT,
         holder TEXT, pattern TEXT, epoch INTEGER, waiters TEXT NOT NULL, outcome BLOB, dead INTEGER NOT NULL,
-        reason TEXT, crc INTEGER NOT NULL, body BLOB NOT NULL, blob TEXT, blob_size INTEGER, depth INTEGER
+        reason TEXT, crc INTEGER NOT NULL, body BLOB NOT NULL, blob TEXT, blob_size INTEGER, depth INTEGER, marks BLOB
     ) STRICT"""
 # The few tasks whose body is a blob.
 CREATE_BLOBS = "CREATE INDEX IF NOT EXISTS broker_blob ON broker_task (blob) WHERE blob IS NOT NULL"
@@ -45,7 +54,7 @@ CREATE_SESSION = """
         id TEXT PRIMARY KEY, host TEXT NOT NULL, pid INTEGER NOT NULL, started INTEGER NOT NULL
     ) STRICT, WITHOUT ROWID"""
 # What is known of clients, also of those that were silent for too long: the digest of their secret, the id below which
-# every `TaskSend` was done, and (as msgpack) those of them that were not.
+# every `TaskSend` was done, and (as msgpack) those of them that were not. What is afloat is newer.
 CREATE_CLIENT = """
     CREATE TABLE IF NOT EXISTS broker_client (
         session TEXT PRIMARY KEY, secret BLOB, done INTEGER NOT NULL, undone BLOB NOT NULL
@@ -66,8 +75,8 @@ CREATE_META = "CREATE TABLE IF NOT EXISTS broker_meta (name TEXT PRIMARY KEY, va
 INSERT_TASK = """
     INSERT INTO broker_task (
         attempt, holder, pattern, epoch, waiters, outcome, dead, reason, not_before, expires_at, place, number, id,
-        queue, key, subject, priority, depth, max_attempts, sent_at, resources, crc, body, blob, blob_size
-    ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+        queue, key, subject, priority, depth, max_attempts, sent_at, resources, crc, body, blob, blob_size, marks
+    ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 # What can change of a task.
 UPDATE_TASK = """
     UPDATE broker_task SET attempt = ?, holder = ?, pattern = ?, epoch = ?, waiters = ?, outcome = ?, dead = ?,
@@ -112,6 +121,14 @@ LOAD_TASKS = """
 LOAD_SESSIONS = "SELECT id, host, pid, started FROM broker_session ORDER BY id"
 # All clients.
 LOAD_CLIENTS = "SELECT session, secret, done, undone FROM broker_client ORDER BY session"
+# The newest task.
+NEWEST_TASK = "SELECT coalesce(max(number), 0) FROM broker_task"
+# The number of the newest task when marks sank for the last time.
+LOAD_SUNK = "SELECT value FROM broker_meta WHERE name = 'marks_sunk'"
+# Marks sank: those beside tasks up to this number are of no use any more.
+SAVE_SUNK = "INSERT OR REPLACE INTO broker_meta (name, value) VALUES ('marks_sunk', ?)"
+# The marks that are afloat, oldest first.
+LOAD_MARKS = "SELECT marks FROM broker_task WHERE number > ? AND marks IS NOT NULL ORDER BY number"
 # All answers that may be asked for again, in the order of their requests.
 LOAD_ANSWERS = "SELECT session, request, frame FROM broker_answer ORDER BY session, request"
 # All limits of queues.
@@ -136,6 +153,11 @@ UPGRADE_TASKS = """
         epoch, waiters, outcome, 0, crc32(body), body
     FROM (SELECT *, row_number() OVER (ORDER BY place, id) AS rank FROM broker_task_1) ORDER BY rank"""
 
+_Row = tuple[Any, ...]
+_NUMBER = 11
+"""Where its number stands in the row of a new task."""
+_Mark = tuple[str, int, list[int]]
+"""The session, and of its `Client` what is `done` and `undone`."""
 _WAITER_SEPARATOR = "\n"
 _NEVER = 2**63 - 1
 
@@ -157,6 +179,10 @@ class TaskStore:
         """Bodies that are not on the disk yet, by the number of their task."""
         self._bodies: OrderedDict[int, bytes] = OrderedDict()
         self._bodies_bytes = 0
+        self._afloat: dict[str, Client] = {}
+        """The clients whose marks are afloat."""
+        self._newest = self._sunk = 0
+        """The number of the newest task, and of the newest one when marks sank."""
         columns = {name for (name,) in connection.execute(TASK_COLUMNS)}
         is_old = bool(columns) and "number" not in columns
         if is_old:
@@ -174,6 +200,8 @@ class TaskStore:
             connection.execute("ALTER TABLE broker_task ADD COLUMN blob_size INTEGER")
         if columns and not is_old and "depth" not in columns:
             connection.execute("ALTER TABLE broker_task ADD COLUMN depth INTEGER")
+        if columns and not is_old and "marks" not in columns:
+            connection.execute("ALTER TABLE broker_task ADD COLUMN marks BLOB")
         connection.execute(CREATE_BLOBS)
 
     def next_broker_epoch(self) -> int:
@@ -187,19 +215,34 @@ class TaskStore:
         self._connection.execute(RAISE_EPOCH_BY, (by,))
 
     def load(self) -> StoredState:
-        """All that survived. The tasks are read when they are asked for, once."""
+        """All that survived. The tasks are read when they are asked for, once. With the next `write` marks sink."""
         rows = self._connection.execute
         return StoredState(
             tasks=self._tasks(),
             sessions=tuple((id, Peer(host, pid, started)) for id, host, pid, started in rows(LOAD_SESSIONS)),
-            clients=tuple(
-                (session, Client(secret=secret, done=done, undone=dict.fromkeys(msgspec.msgpack.decode(undone))))
-                for session, secret, done, undone in rows(LOAD_CLIENTS)
-            ),
+            clients=tuple(self._load_clients().items()),
             answers=tuple(rows(LOAD_ANSWERS)),
             limits={name: msgspec.json.decode(limits, type=QueueLimits) for name, limits in rows(LOAD_LIMITS)},
             resources=dict(rows(LOAD_RESOURCES).fetchall()),
         )
+
+    def _load_clients(self) -> dict[str, Client]:
+        rows = self._connection.execute
+        clients = {
+            session: Client(secret=secret, done=done, undone=dict.fromkeys(msgspec.msgpack.decode(undone)))
+            for session, secret, done, undone in rows(LOAD_CLIENTS)
+        }
+        [[self._newest]] = rows(NEWEST_TASK).fetchall()
+        [self._sunk] = rows(LOAD_SUNK).fetchone() or (0,)
+        for [marks] in rows(LOAD_MARKS, (self._sunk,)):
+            for session, done, undone in msgspec.msgpack.decode(marks, type=list[_Mark]):
+                client = clients.get(session)
+                if client is not None and client.done <= done:  # else somebody wrote who knew nothing of marks
+                    client.done, client.undone = done, dict.fromkeys(undone)
+                    self._afloat[session] = client
+        if self._afloat or self._sunk != self._newest:  # the numbers of tasks to come may be lower than they were
+            self._sunk = -MAX_AFLOAT
+        return clients
 
     # --- bodies ---
 
@@ -241,8 +284,8 @@ class TaskStore:
     def write(self, changes: Changes) -> None:
         """Make it all true in the transaction that is open."""
         many = self._connection.executemany
-        inserted: list[tuple[object, ...]] = []
-        updated: list[tuple[object, ...]] = []
+        inserted: list[_Row] = []
+        updated: list[_Row] = []
         deleted: list[tuple[int]] = []
         emptied: list[tuple[int]] = []
         for task in changes.tasks:
@@ -288,9 +331,10 @@ class TaskStore:
                     (
                         *row, task.id, task.queue, task.key, task.subject, priority_of(task.urgency),
                         depth_of(task.urgency) or None, task.max_attempts, task.sent_at, needs, zlib.crc32(body), body,
-                        task.blob, task.size if task.blob is not None else None,
+                        task.blob, task.size if task.blob is not None else None, None,
                     )
                 )  # fmt: skip
+        self._write_clients(changes, inserted, deleted)
         for statement, rows in (
             (DELETE_TASK, deleted), (INSERT_TASK, inserted), (UPDATE_TASK, updated), (EMPTY_TASK, emptied),
         ):  # fmt: skip
@@ -301,12 +345,6 @@ class TaskStore:
                 many(FORGET_SESSION, [(session,)])
             else:
                 many(SAVE_SESSION, [(session, peer.host, peer.pid, peer.started)])
-        for session, client in changes.clients.items():
-            if client is None:
-                many(FORGET_CLIENT, [(session,)])
-            else:
-                undone = msgspec.msgpack.encode(list(client.undone))
-                many(SAVE_CLIENT, [(session, client.secret, client.done, undone)])
         if changes.dropped:
             many(DROP_ANSWERS, changes.dropped.items())
         if changes.answers:
@@ -321,6 +359,36 @@ class TaskStore:
                 many(FORGET_RESOURCE, [(resource,)])
             else:
                 many(SAVE_RESOURCE, [(resource, min(capacity, _NEVER))])
+
+    def _write_clients(self, changes: Changes, inserted: list[_Row], deleted: list[tuple[int]]) -> None:
+        """Marks go beside the last task of `inserted`, or all sink."""
+        marks, newest = changes.marks, self._newest
+        if inserted:
+            self._newest = max(newest, inserted[-1][_NUMBER])
+        if not (
+            changes.clients
+            or self._newest >= self._sunk + MAX_AFLOAT
+            or (deleted and self._afloat and max(deleted)[0] > self._sunk)
+        ):
+            if not marks:
+                return
+            if inserted and inserted[-1][_NUMBER] > newest:
+                done = [(session, client.done, list(client.undone)) for session, client in marks.items()]
+                if len(encoded := msgspec.msgpack.encode(done)) <= MAX_MARKS_BYTES:
+                    self._afloat.update(marks)
+                    inserted[-1] = (*inserted[-1][:-1], encoded)
+                    return
+        many = self._connection.executemany
+        for session, client in {**self._afloat, **marks, **changes.clients}.items():
+            if client is None:
+                many(FORGET_CLIENT, [(session,)])
+            else:
+                undone = msgspec.msgpack.encode(list(client.undone))
+                many(SAVE_CLIENT, [(session, client.secret, client.done, undone)])
+        self._afloat.clear()
+        if self._sunk != self._newest:
+            self._sunk = self._newest
+            many(SAVE_SUNK, [(self._sunk,)])
 
     # --- reading ---
 

@@ -120,6 +120,18 @@ MUTANTS: tuple[Mutant, ...] = (
         seed=0,
     ),
     _mutant(
+        "what clients have done is not looked for beside tasks",
+        f"{_STORE}._load_clients",
+        ("in rows(LOAD_MARKS, (self._sunk,)):", "in ():"),
+        seed=26,
+    ),
+    _mutant(
+        "a mark goes with the task beside which it stands",
+        f"{_STORE}._write_clients",
+        ("or (deleted and self._afloat and max(deleted)[0] > self._sunk)", ""),
+        seed=192,
+    ),
+    _mutant(
         "a call that fails is not undone",
         f"{_EXCHANGE}._call",
         ('self._connection.execute("ROLLBACK TO call")', "self._written = True"),
