@@ -5,7 +5,8 @@
 ``consumer listeners ENDPOINT NAME COUNT``  so many peers, each with a broadcast subscription; asked as NAME, they say
                                             how late each broadcast was
 ``consumer crowd ENDPOINT COUNT EACH``      so many connected clients with so many subscriptions each, on one thread
-``consumer echo ENDPOINT``                  a bare ZeroMQ socket that sends everything back
+``consumer echo ENDPOINT FILE``             a bare ZeroMQ socket that sends everything back, each after a block that
+                                            is appended to the file and synced
 ==========================================  ======================================================================
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 import time
@@ -28,6 +30,7 @@ QUEUE = "bench"
 ECHO = "echo"
 CROWD_SUBJECT = "crowd"
 CREDIT = 200
+BLOCK_BYTES = 4096
 
 
 async def consume(endpoint: str) -> None:
@@ -93,13 +96,17 @@ def crowd(endpoint: str, count: int, each: int) -> None:
             transport.flush()
 
 
-def echo_raw(endpoint: str) -> None:
+def echo_raw(endpoint: str, file: str) -> None:
     import zmq
 
     router = zmq.Context().socket(zmq.ROUTER)
     router.bind(endpoint)
-    while True:
-        router.send_multipart(router.recv_multipart())
+    with open(file, "wb", buffering=0) as out:
+        while True:
+            frames = router.recv_multipart()
+            out.write(bytes(BLOCK_BYTES))
+            os.fdatasync(out.fileno())
+            router.send_multipart(frames)
 
 
 async def terminated() -> None:
@@ -116,7 +123,7 @@ if __name__ == "__main__":
             asyncio.run(listen(endpoint, name, int(count)))
         case ["crowd", endpoint, count, each]:
             crowd(endpoint, int(count), int(each))
-        case ["echo", endpoint]:
-            echo_raw(endpoint)
+        case ["echo", endpoint, file]:
+            echo_raw(endpoint, file)
         case _:
             sys.exit(__doc__)
