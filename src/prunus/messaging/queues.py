@@ -694,8 +694,7 @@ class TaskQueues:
                 if lane is None:
                     lane = self._lane(queue, (task.subject, task.needs, task.urgency))
                 task.subject, task.needs = lane.subject, lane.needs
-                lane.add(task)
-                if lane.head() is task:
+                if lane.add(task) and lane.head() is task:
                     self._announce(queue, lane, task)
 
     def _offer_again(self, task: Task) -> None:
@@ -1130,12 +1129,14 @@ class _Lane:
         """A heap of those that came out of their order."""
         self.ready = 0
 
-    def add(self, task: Task) -> None:
+    def add(self, task: Task) -> bool:
+        """Whether it may be the head: not if all others that are ready came before it."""
         self.ready += 1
         if self.came and task.order < self.came[-1].order:
             heapq.heappush(self.came_back, task)
         else:
             self.came.append(task)
+        return self.ready == 1 or bool(self.came_back)
 
     def head(self) -> Task | None:
         came, gone = self.came, self.gone

@@ -111,12 +111,20 @@ FORGET_LIMITS = "DELETE FROM broker_queue WHERE name = ?"
 SAVE_RESOURCE = "INSERT OR REPLACE INTO broker_resource (name, capacity) VALUES (?, ?)"
 # A resource is not limited any more.
 FORGET_RESOURCE = "DELETE FROM broker_resource WHERE name = ?"
-# All tasks, without their bodies.
-LOAD_TASKS = """
-    SELECT priority, depth, place, number, id, queue, key, subject, resources, coalesce(blob_size, length(body)),
-        sent_at, not_before, expires_at, max_attempts, attempt, holder, pattern, epoch, waiters, outcome, dead, reason,
-        blob
+# What few tasks have: then it is read as well.
+_HAS_MORE = """
+    (attempt OR dead OR max_attempts OR not_before OR expires_at OR waiters <> '' OR holder IS NOT NULL
+        OR reason IS NOT NULL OR outcome IS NOT NULL OR resources IS NOT NULL OR blob IS NOT NULL)"""
+# What all tasks have, but for their bodies, and whether there is more.
+LOAD_TASKS = f"""
+    SELECT priority, depth, place, number, id, queue, key, subject, coalesce(blob_size, length(body)), sent_at,
+        {_HAS_MORE}
     FROM broker_task ORDER BY number"""
+# The rest, of those that have it.
+LOAD_MORE = f"""
+    SELECT resources, not_before, expires_at, max_attempts, attempt, holder, pattern, epoch, waiters, outcome, dead,
+        reason, blob
+    FROM broker_task WHERE {_HAS_MORE} ORDER BY number"""
 # All sessions.
 LOAD_SESSIONS = "SELECT id, host, pid, started FROM broker_session ORDER BY id"
 # All clients.
@@ -396,9 +404,9 @@ class TaskStore:
         names: dict[str, str] = {}
         needs: dict[str, Needs] = {}
         last_sent = 0.0
+        more = self._connection.execute(LOAD_MORE)
         for (
-            priority, depth, place, number, id, queue, key, subject, resources, size, sent_at, not_before, expires_at,
-            max_attempts, attempt, holder, pattern, epoch, waiters, outcome, dead, reason, blob,
+            priority, depth, place, number, id, queue, key, subject, size, sent_at, has_more,
         ) in self._connection.execute(LOAD_TASKS):  # fmt: skip
             # A million tasks share what is the same in them.
             if place == number:
@@ -409,23 +417,25 @@ class TaskStore:
                 last_sent = sent_at
             if subject is not None:
                 subject = names.setdefault(subject, subject)
-            if resources is None:
-                wanted: Needs = ()
-            elif resources in needs:
-                wanted = needs[resources]
-            else:
-                wanted = needs[resources] = msgspec.json.decode(resources, type=Needs)
             task = Task(
                 urgency_of(priority, depth or 0), place, number, id, names.setdefault(queue, queue), key, subject,
-                wanted, size, sent_at, not_before, expires_at, max_attempts, attempt,
+                (), size, sent_at, is_stored=True,
             )  # fmt: skip
-            if holder is not None:
-                task.hold = Hold(names.setdefault(holder, holder), pattern, epoch, 0.0)
-            if waiters:
-                task.waiters = tuple(waiters.split(_WAITER_SEPARATOR))
-            task.reason, task.is_stored, task.blob = reason, True, blob
-            if outcome is not None:
-                task.outcome, task.place = outcome, "settled"
-            elif dead:
-                task.place = "dead"
+            if has_more:
+                (
+                    resources, task.not_before, task.expires_at, task.max_attempts, task.attempt, holder, pattern,
+                    epoch, waiters, outcome, dead, task.reason, task.blob,
+                ) = next(more)  # fmt: skip
+                if resources is not None:
+                    if resources not in needs:
+                        needs[resources] = msgspec.json.decode(resources, type=Needs)
+                    task.needs = needs[resources]
+                if holder is not None:
+                    task.hold = Hold(names.setdefault(holder, holder), pattern, epoch, 0.0)
+                if waiters:
+                    task.waiters = tuple(waiters.split(_WAITER_SEPARATOR))
+                if outcome is not None:
+                    task.outcome, task.place = outcome, "settled"
+                elif dead:
+                    task.place = "dead"
             yield task
