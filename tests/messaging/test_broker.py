@@ -721,7 +721,7 @@ def test_one_delivery_a_session(bench: Bench) -> None:
 
 
 def task_row(number: int, order: int, key: str | None = None) -> Task:
-    return Task(9, order, number, f"t{number}", "default", key, None, (), 1, WALL, is_stored=True)
+    return Task(9, order, number, f"t{number}", "default", key, None, 1, WALL, is_stored=True)
 
 
 def held_by_bob(key: str | None = None) -> StoredState:

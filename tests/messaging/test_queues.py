@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+import random
+import sqlite3
+from collections.abc import Iterable
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prunus.errors import BusyError, DeadLetterError, ProtocolError, TaskDeletedError, UnknownResourceError
 from prunus.messaging import broker, queues
-from prunus.messaging.inventory import QueueLimits
+from prunus.messaging.inventory import QueueLimits, TaskInfo
 from prunus.messaging.messages import (
     BrokerMessage,
     Done,
     Edited,
     Heartbeat,
+    Peer,
     QueueConfigure,
     ResourceConfigure,
     ResultSeen,
@@ -28,7 +33,8 @@ from prunus.messaging.messages import (
     TaskSubscribe,
     TaskUnsubscribe,
 )
-from prunus.messaging.queues import MAX_DEPTH, depth_of, needs_of, priority_of, urgency_of
+from prunus.messaging.queues import MAX_BACK_OFF_S, MAX_DEPTH, depth_of, needs_of, priority_of, urgency_of
+from prunus.messaging.taskstore import TaskStore
 from tests.messaging.test_broker import EPOCH, WALL, Bench, outcomes, refusal
 
 Sends = list[tuple[str, BrokerMessage]]
@@ -37,9 +43,11 @@ Sends = list[tuple[str, BrokerMessage]]
 class Floor(Bench):
     """A bench with numbered requests: ``ann`` sends, others take and settle."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.hello("ann")
+    def __init__(
+        self, state: broker.StoredState | None = None, epoch: int = EPOCH, awaited: Iterable[str] = ()
+    ) -> None:
+        super().__init__(state, epoch)
+        self.hello("ann", awaited=tuple(awaited))
         self.requests = 1000
         self.held: dict[str, TaskDelivery] = {}
 
@@ -855,12 +863,135 @@ def test_after_a_restart_everything_is_where_it_was(floor: Floor) -> None:
     assert {delivery.task for _, delivery in again.deliveries(sends)} == {"blocked", "waits"}
 
 
-def test_a_key_of_the_past(floor: Floor) -> None:
-    """The store may know two pending tasks of a key (an older broker merged them later): one is enough."""
-    tasks = [queues.Task(9, number, number, f"t{number}", "q", "k", None, (), 1, WALL) for number in (1, 2)]
-    for task in tasks:
-        task.is_stored = True
+@pytest.mark.parametrize("seed", range(8))
+def test_after_a_restart_it_goes_on_as_if_there_had_been_none(seed: int) -> None:
+    """Any mixture of tasks, written and read by the real store: each is where it was, the counts are right, all are
+    given out in the order in which they would have been, and what comes then comes last."""
+    rng = random.Random(seed)
+    floor, connection = Floor(), sqlite3.connect(":memory:", isolation_level=None)
+    store = TaskStore(connection)
+    floor.tokens("gpu", 3)
+    for name, queue in (("bob", "q"), ("cat", "r")):
+        floor.worker(name, 5, "a", queue)
+    for number in range(200):
+        floor.add(f"t{number}", **some_fields(rng))
+        if floor.held and rng.random() < 0.2:
+            task = rng.choice([*floor.held])
+            rng.choice([floor.ack, floor.nack, floor.nack])(task)
+            del floor.held[task]
+        if rng.random() < 0.05:
+            floor.edit("bury", *rng.sample(floor.tasks(), 1))
+        if rng.random() < 0.2:
+            written(floor, store)
+    floor.pass_time(MAX_BACK_OFF_S + 1.0)  # when a rejected task is offered again is not stored
+    written(floor, store)
+
+    again = Floor(TaskStore(connection).load(), EPOCH + 1, awaited=floor.tasks())
+    again.core.wall, again.requests = floor.core.wall, floor.requests
+    for name, queue in (("bob", "q"), ("cat", "r")):
+        held = tuple((task, floor.held[task].epoch) for task in floor.tasks("held") if floor.holder(task) == name)
+        again.hello(name, held=held, filtered=((queue, "a", 5),))
+    assert {task: placed(again, task) for task in again.tasks()} == {
+        task: placed(floor, task) for task in floor.tasks()
+    }
+    assert {place: again.tasks(place) for place in PLACES} == {place: floor.tasks(place) for place in PLACES}
+    assert counts(again) == counts(floor)
+    written(again, TaskStore(connection))
+
+    for one in (floor, again):
+        one.core.wall += 1.5e6
+        one.pass_time(1.0)
+        one.tokens("gpu", None)
+        one.add("last", queue="q")
+    assert {place: again.tasks(place) for place in PLACES} == {place: floor.tasks(place) for place in PLACES}
+    for queue in ("q", "r", "s"):
+        assert again.worker("eve", 1000, queue=queue) == floor.worker("eve", 1000, queue=queue) != []
+    given = [task for task in floor.tasks("held") if floor.holder(task) == "eve"]
+    assert [outcomes(again.ack(task)) for task in given] == [outcomes(floor.ack(task)) for task in given]
+    written(again, TaskStore(connection))
+    rows = connection.execute("SELECT id FROM broker_task ORDER BY id").fetchall()
+    assert [task for (task,) in rows] == sorted(again.tasks())
+    connection.close()
+
+
+PLACES = ("ready", "delayed", "blocked", "held", "dead", "settled")
+
+
+def some_fields(rng: random.Random) -> dict[str, object]:
+    """A task that has nothing, or some of all that a task can have."""
+    fields: dict[str, object] = {"queue": rng.choice("qqrs"), "subject": rng.choice(["a", "b", None])}
+    if rng.random() < 0.5:
+        return fields
+    some = {
+        "key": f"{fields['queue']}{rng.randrange(6)}",
+        "replace": True,
+        "priority": rng.randrange(3),
+        "resources": (("gpu", rng.randrange(1, 3)),),
+        "not_before": WALL + rng.choice([10.0, 1e6, 2e6]),
+        "expires_at": WALL + rng.choice([1e6, 2e6]),
+        "max_attempts": rng.randrange(1, 4),
+        "want_result": True,
+    }
+    return fields | {name: some[name] for name in rng.sample(sorted(some), rng.randrange(1, 5))}
+
+
+def written(floor: Floor, store: TaskStore) -> None:
+    changes = floor.core.take_changes()
+    for number, body in floor.bodies.items():
+        store.keep(number, body)
+    floor.bodies.clear()
+    store.write(changes)
+
+
+def placed(floor: Floor, task: str) -> TaskInfo:
+    return msgspec.structs.replace(floor.info(task), held_s=None)
+
+
+def counts(floor: Floor) -> list[tuple[object, ...]]:
+    queues = floor.core.statistics().queues
+    return [(name, one.ready, one.delayed, one.blocked, one.held, one.dead) for name, one in sorted(queues.items())]
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_key_of_the_past(first: int) -> None:
+    """The store may know two pending tasks of a key (an older broker merged them later): the older one is enough."""
+    tasks = [queues.Task(9, number, number, f"t{number}", "q", "k", None, 1, WALL) for number in (first, 3 - first)]
     again = Bench(broker.StoredState(tasks=tasks))
     again.hello("ann")
     assert again.tasks() == ["t1"]
     assert [task.id for task in again.changes().tasks] == ["t2"]
+
+
+def test_what_nobody_waits_for_is_forgotten_at_a_restart() -> None:
+    """A settled task is there for those who wait for its result; a dead one stays."""
+    kinds: list[tuple[str, str, tuple[str, ...]]] = [
+        ("lost", "settled", ("zoe",)),
+        ("over", "settled", ()),
+        ("kept", "settled", ("ann",)),
+        ("dead", "dead", ()),
+        ("open", "", ("zoe",)),
+    ]
+    tasks = [
+        queues.Task(9, number, number, name, "q", None, None, 0, WALL, place=place, waiters=waiters)
+        for number, (name, place, waiters) in enumerate(kinds, 1)
+    ]
+    again = Floor(broker.StoredState(tasks=tasks, sessions=(("ann", Peer("h", 1, 2)),)), awaited=["kept"])
+    places = {place: again.tasks(place) for place in ("ready", "settled", "dead")}
+    assert places == {"ready": ["open"], "settled": ["kept"], "dead": ["dead"]}
+    assert [task.id for task in again.changes().tasks] == ["lost", "over"]
+    assert again.worker("bob") == [("bob", "open")]
+    assert again.ack("open", b"result") == [("bob", Done(id=again.requests))]
+    assert again.tasks() == ["kept", "dead"]
+
+
+def test_no_number_is_given_twice_over_a_restart(floor: Floor) -> None:
+    """Not that of a task which took over the order of an older one."""
+    floor.add("a", key="k")
+    floor.add("b", key="k", replace=True)
+    [task] = [task for task in floor.changes().tasks if task.place]
+    assert task.number > task.order
+    task.place = ""
+    again = Floor(broker.StoredState(tasks=[task]), EPOCH + 1)
+    again.add("c")
+    [new] = again.changes().tasks
+    assert (new.id, new.number) == ("c", task.number + 1)

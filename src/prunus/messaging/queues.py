@@ -107,11 +107,11 @@ class Task(msgspec.Struct, order=True, gc=False):
     queue: str
     key: str | None
     subject: str | None
-    needs: Needs
     size: int
     """Bytes of its body."""
     sent_at: float
     """Wall-clock time, as `not_before` and `expires_at` (0: none)."""
+    needs: Needs = ()
     not_before: float = 0.0
     """Of a dead letter: when it died."""
     expires_at: float = 0.0
@@ -344,8 +344,8 @@ class TaskQueues:
             self._end(into, replaced, TaskDeletedError(replaced.id, REPLACED))
         lane = self._lane(into, (subject, needs, urgency))
         task = Task(
-            urgency, order, number, id, into.name, key, lane.subject, lane.needs,
-            len(body) if size is None else size, self.wall, not_before, expires_at, max_attempts, blob=blob,
+            urgency, order, number, id, into.name, key, lane.subject, len(body) if size is None else size, self.wall,
+            lane.needs, not_before, expires_at, max_attempts, blob=blob,
         )  # fmt: skip
         self._tasks[id] = task
         into.add(task)
@@ -602,52 +602,67 @@ class TaskQueues:
             self.configure_queue(name, one)
         for name, capacity in resources.items():
             self._resource(name).capacity = capacity
-        pending: list[Task] = []
-        over: list[Task] = []
+        others: list[Task] = []
+        queue: _Queue | None = None
         for task in tasks:
-            queue = self._queue(task.queue)
-            task.queue = queue.name
+            if queue is None or queue.name != task.queue:
+                queue = self._queue(task.queue)
+            task.queue, task.is_stored = queue.name, True
             self._tasks[task.id] = task
-            self._numbers = max(self._numbers, task.number, task.order)
             queue.all.append(task)
-            if task.waiters:
-                for waiter in task.waiters:
-                    if waiter in self._members:
-                        self._members[waiter].waits[task.id] = task
-                task.waiters = tuple(waiter for waiter in task.waiters if waiter in self._members)
-            if task.place in ("dead", "settled"):
-                queue.places[task.place][task.id] = task
-            elif task.hold is not None and task.hold.session in self._members:
-                task.place, task.hold = "held", msgspec.structs.replace(task.hold, since=self.now)
-                queue.places["held"][task.id] = task
-                self._members[task.hold.session].held[task.id] = task
-                if task.key is not None:
-                    self._held_keys[task.key] = task
-                for name, tokens in task.needs:
-                    self._resource(name).taken += tokens
-            else:
-                pending.append(task)
+            if task.place or task.key or task.hold or task.waiters or task.not_before or task.expires_at:
+                others.append(task)
                 continue
-            if task.place == "settled" and not task.waiters:
-                over.append(task)
-        for task in pending:
-            queue = self._queues[task.queue]
-            is_lost = task.hold is not None  # by a session that nobody knows any more
-            task.hold = None
-            if task.key is not None and task.key in queue.keys:
-                over.append(task)
-                continue
-            if task.expires_at:
-                self._expiring.add(task.expires_at, task)
-            task.is_changed = True  # so that it is not noted: this is what is stored
-            self._offer(queue, task)
-            task.is_changed = False
-            if is_lost or task.place == "dead":
-                self._note(task)
+            kind = (task.subject, task.needs, task.urgency)
+            lane = queue.lanes.get(kind) or self._lane(queue, kind)
+            task.subject, task.needs, task.place = lane.subject, lane.needs, "ready"
+            queue.ready += 1
+            lane.add(task)
+        others.sort(key=_number)
+        pending = [task for task in others if not self._restore_placed(self._queues[task.queue], task)]
+        over = [task for task in others if task.place == "settled" and not task.waiters]
+        over += [task for task in pending if not self._restore_pending(self._queues[task.queue], task)]
         for queue in self._queues.values():
             queue.all.sort(key=_order)
+            if queue.all:
+                self._numbers = max(self._numbers, queue.all[-1].order, max(map(_number, queue.all)))
         for task in over:
             self._remove(self._queues[task.queue], task)
+
+    def _restore_placed(self, queue: _Queue, task: Task) -> bool:
+        """Whether it is held or over, and so put there. Sessions that are not known any more don't wait for it."""
+        for waiter in task.waiters:
+            if waiter in self._members:
+                self._members[waiter].waits[task.id] = task
+        task.waiters = tuple(waiter for waiter in task.waiters if waiter in self._members)
+        if task.place in ("dead", "settled"):
+            queue.places[task.place][task.id] = task
+            return True
+        if task.hold is None or task.hold.session not in self._members:
+            return False
+        task.place, task.hold = "held", msgspec.structs.replace(task.hold, since=self.now)
+        queue.places["held"][task.id] = task
+        self._members[task.hold.session].held[task.id] = task
+        if task.key is not None:
+            self._held_keys[task.key] = task
+        for name, tokens in task.needs:
+            self._resource(name).taken += tokens
+        return True
+
+    def _restore_pending(self, queue: _Queue, task: Task) -> bool:
+        """Whether it is offered: not if another one with its key is."""
+        is_lost = task.hold is not None  # by a session that nobody knows any more
+        task.hold = None
+        if task.key is not None and task.key in queue.keys:
+            return False
+        if task.expires_at:
+            self._expiring.add(task.expires_at, task)
+        task.is_changed = True  # so that it is not noted: this is what is stored
+        self._offer(queue, task)
+        task.is_changed = False
+        if is_lost or task.place == "dead":
+            self._note(task)
+        return True
 
     # --- moving tasks ---
 
@@ -1337,6 +1352,7 @@ _SLACK = 64
 """So many entries may be out of date before it is worth to look for them."""
 _TINY = 1e-9
 _order = attrgetter("order")
+_number = attrgetter("number")
 
 
 def urgency_of(priority: int, depth: int = 0) -> int:

@@ -14,6 +14,7 @@ are afloat *sink* to the table of clients, and so they do when the broker starts
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 import zlib
 from collections import OrderedDict
@@ -25,8 +26,8 @@ import msgspec
 from prunus.errors import PersistenceError
 from prunus.messaging.broker import Changes, Client, StoredState
 from prunus.messaging.inventory import QueueLimits
-from prunus.messaging.messages import Peer
-from prunus.messaging.queues import Hold, Needs, Task, depth_of, priority_of, urgency_of
+from prunus.messaging.messages import MAX_PRIORITY, Peer
+from prunus.messaging.queues import MAX_DEPTH, Hold, Needs, Task, depth_of, priority_of
 
 BODY_CACHE_BYTES = 32 * 1024 * 1024
 """Bodies of tasks that were accepted lately are kept in memory up to this."""
@@ -111,20 +112,21 @@ FORGET_LIMITS = "DELETE FROM broker_queue WHERE name = ?"
 SAVE_RESOURCE = "INSERT OR REPLACE INTO broker_resource (name, capacity) VALUES (?, ?)"
 # A resource is not limited any more.
 FORGET_RESOURCE = "DELETE FROM broker_resource WHERE name = ?"
-# What few tasks have: then it is read as well.
-_HAS_MORE = """
-    (attempt OR dead OR max_attempts OR not_before OR expires_at OR waiters <> '' OR holder IS NOT NULL
-        OR reason IS NOT NULL OR outcome IS NOT NULL OR resources IS NOT NULL OR blob IS NOT NULL)"""
-# What all tasks have, but for their bodies, and whether there is more.
-LOAD_TASKS = f"""
-    SELECT priority, depth, place, number, id, queue, key, subject, coalesce(blob_size, length(body)), sent_at,
-        {_HAS_MORE}
-    FROM broker_task ORDER BY number"""
-# The rest, of those that have it.
-LOAD_MORE = f"""
-    SELECT resources, not_before, expires_at, max_attempts, attempt, holder, pattern, epoch, waiters, outcome, dead,
-        reason, blob
-    FROM broker_task WHERE {_HAS_MORE} ORDER BY number"""
+# What few tasks have, and what stands there of all others. (A subject pattern and an epoch come with a holder.)
+_RARE = {
+    "resources": "NULL", "not_before": "0.0", "expires_at": "0.0", "max_attempts": "0", "attempt": "0",
+    "holder": "NULL", "waiters": "''", "outcome": "NULL", "dead": "0", "reason": "NULL", "blob": "NULL",
+}  # fmt: skip
+_IS_PLAIN = " AND ".join(f"{column} IS {nothing}" for column, nothing in _RARE.items())
+# The fields of any `Task`, in their order, but for its body; the first is `urgency_of` its priority and depth.
+_FIELDS = f"""
+    ({MAX_PRIORITY} - priority) * {MAX_DEPTH + 1} + {MAX_DEPTH} - coalesce(depth, 0), place, number, id, queue, key,
+    subject, coalesce(blob_size, length(body)), sent_at"""
+# The tasks that have no more than these.
+LOAD_PLAIN = f"SELECT {_FIELDS} FROM broker_task WHERE {_IS_PLAIN} ORDER BY number"
+# The others, with all that they have.
+LOAD_OTHERS = f"""
+    SELECT {", ".join(_RARE)}, pattern, epoch, {_FIELDS} FROM broker_task WHERE NOT ({_IS_PLAIN}) ORDER BY number"""
 # All sessions.
 LOAD_SESSIONS = "SELECT id, host, pid, started FROM broker_session ORDER BY id"
 # All clients.
@@ -401,41 +403,32 @@ class TaskStore:
     # --- reading ---
 
     def _tasks(self) -> Iterator[Task]:
-        names: dict[str, str] = {}
-        needs: dict[str, Needs] = {}
-        last_sent = 0.0
-        more = self._connection.execute(LOAD_MORE)
+        """The plain ones first: no line of ours is run for each of a million."""
+        rows = self._connection.execute
+        return itertools.chain(itertools.starmap(Task, rows(LOAD_PLAIN)), self._others())
+
+    def _others(self) -> Iterator[Task]:
+        shared: dict[str, str] = {}
+        needs: dict[str, Needs] = {"": ()}
         for (
-            priority, depth, place, number, id, queue, key, subject, size, sent_at, has_more,
-        ) in self._connection.execute(LOAD_TASKS):  # fmt: skip
-            # A million tasks share what is the same in them.
-            if place == number:
-                place = number
-            if sent_at == last_sent:
-                sent_at = last_sent
-            else:
-                last_sent = sent_at
+            resources, not_before, expires_at, max_attempts, attempt, holder, waiters, outcome, dead, reason, blob,
+            pattern, epoch, urgency, order, number, id, queue, key, subject, size, sent_at,
+        ) in self._connection.execute(LOAD_OTHERS):  # fmt: skip
             if subject is not None:
-                subject = names.setdefault(subject, subject)
-            task = Task(
-                urgency_of(priority, depth or 0), place, number, id, names.setdefault(queue, queue), key, subject,
-                (), size, sent_at, is_stored=True,
+                subject = shared.setdefault(subject, subject)
+            if resources is not None and resources not in needs:
+                needs[resources] = msgspec.json.decode(resources, type=Needs)
+            yield Task(
+                urgency, order, number, id, queue, key, subject, size, sent_at,
+                needs=needs[resources or ""],
+                not_before=not_before,
+                expires_at=expires_at,
+                max_attempts=max_attempts,
+                attempt=attempt,
+                place="settled" if outcome is not None else "dead" if dead else "",
+                hold=None if holder is None else Hold(shared.setdefault(holder, holder), pattern, epoch, 0.0),
+                waiters=tuple(waiters.split(_WAITER_SEPARATOR)) if waiters else (),
+                outcome=outcome,
+                reason=reason,
+                blob=blob,
             )  # fmt: skip
-            if has_more:
-                (
-                    resources, task.not_before, task.expires_at, task.max_attempts, task.attempt, holder, pattern,
-                    epoch, waiters, outcome, dead, task.reason, task.blob,
-                ) = next(more)  # fmt: skip
-                if resources is not None:
-                    if resources not in needs:
-                        needs[resources] = msgspec.json.decode(resources, type=Needs)
-                    task.needs = needs[resources]
-                if holder is not None:
-                    task.hold = Hold(names.setdefault(holder, holder), pattern, epoch, 0.0)
-                if waiters:
-                    task.waiters = tuple(waiters.split(_WAITER_SEPARATOR))
-                if outcome is not None:
-                    task.outcome, task.place = outcome, "settled"
-                elif dead:
-                    task.place = "dead"
-            yield task

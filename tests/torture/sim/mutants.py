@@ -226,7 +226,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ("self._queues.wait_for(pending, waiter)", "pass"),
         seed=9,
     ),
-    _mutant("waiters forgotten by the store", f"{_STORE}._tasks", ("waiters.split(_WAITER_SEPARATOR)", "()"), seed=3),
+    _mutant("waiters forgotten by the store", f"{_STORE}._others", ("waiters.split(_WAITER_SEPARATOR)", "()"), seed=3),
     _mutant("a key is not freed", f"{_QUEUES}._let_go", ("self._blocked.pop(task.key, ())", "()"), seed=0),
     _mutant("a token is not given back", f"{_QUEUES}._let_go", ("resource.taken -= tokens", "pass"), seed=1),
     _mutant("a token is not taken", f"{_QUEUES}._give", ("self._resources[name].taken += tokens", "pass"), seed=1),
