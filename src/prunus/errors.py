@@ -350,7 +350,10 @@ class BlobDamagedError(MessagingError):
 
     def __init__(self, digest: str) -> None:
         self.digest = digest
-        super().__init__(f"the blob {digest} is damaged on the disk of the broker; restore it from a backup")
+        super().__init__(
+            f"the blob {digest} is damaged on the disk of the broker; restore it from a backup, or have it set aside "
+            "(`prunus doctor --check-blobs --fix`) and put it again"
+        )
 
 
 class RemoteError(MessagingError):

@@ -22,12 +22,13 @@ from prunus.errors import (
     BusyError,
     MessageTooLargeError,
     NotDeliveredError,
+    PersistenceError,
     ProtocolError,
     PrunusError,
     StoreFullError,
 )
 from prunus.messaging import BlockingCommunicator, blobs, exchange, peer, transfers
-from prunus.messaging.blobs import GRACE_S, SWEEP_PAUSE_S, UPLOAD_IDLE_S, BlobStore
+from prunus.messaging.blobs import GRACE_S, SWEEP_PAUSE_S, UPLOAD_IDLE_S, BlobStore, find_damaged, set_aside
 from prunus.messaging.communicator import MAX_BLOB_BYTES, MAX_BODY_BYTES, BlobRef, Communicator
 from prunus.messaging.connecting import connect_to
 from prunus.messaging.exchange import MAX_PARTS_BYTES, Exchange
@@ -219,6 +220,37 @@ def test_a_damaged_blob_is_not_handed_out(store: BlobStore, folder: Path) -> Non
     for act in (lambda: list(store.chunks(DIGEST)), lambda: store.read(DIGEST, 0, 1)):
         with pytest.raises(BlobNotFoundError, match=DIGEST):
             act()
+
+
+def test_damaged_blobs_are_found_and_set_aside(store: BlobStore, folder: Path) -> None:
+    """Whatever is wrong with them, and only those; unfinished ones and those that go meanwhile are none. One that was
+    set aside can be put again, also while the store goes on."""
+    assert list(find_damaged(folder)) == []
+    good, short, changed = put(store, BODY), put(store, b"short"), put(store, b"changed")
+    gone = put(store, b"gone")
+    store.put(0.0, "s", hashlib.sha256(b"unfinished").hexdigest(), 0, 100, b"unf")
+    file_of(folder, short).write_bytes(b"shor")
+    file_of(folder, changed).write_bytes(b"Changed")
+    seen: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append((done, total))
+        file_of(folder, gone).unlink(missing_ok=True)
+
+    assert set(find_damaged(folder, progress)) <= {file_of(folder, one) for one in (short, changed)}
+    damaged = set(find_damaged(folder))
+    assert damaged == {file_of(folder, short), file_of(folder, changed)}
+    assert seen == sorted(seen)
+    assert seen[-1][0] <= seen[-1][1] == len(BODY + b"shor" + b"changed" + b"gone")
+    for file in damaged:
+        assert set_aside(file).read_bytes() in (b"shor", b"Changed")
+    assert list(find_damaged(folder)) == []
+    assert store.size(changed) is None
+    put(store, b"changed")
+    assert b"".join(store.chunks(changed)) == b"changed"
+    assert b"".join(store.chunks(good)) == BODY
+    with pytest.raises(PersistenceError, match="can't be set aside: No such file"):
+        set_aside(file_of(folder, short))
 
 
 def test_a_name_is_no_path(store: BlobStore, tmp_path: Path) -> None:

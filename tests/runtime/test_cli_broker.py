@@ -392,6 +392,8 @@ def test_the_database_of_a_stopped_daemon(tmp_path: Path) -> None:
     assert "can't be used" in shell.error("broker", "backup", "other.db")
     shell("broker", "restore", "copy.db")
     assert "pages are sound" in shell("doctor", code=1).stdout
+    assert "each is what was put" in shell("doctor", "--check-blobs", code=1).stdout
+    assert json.loads(shell("doctor", "--check-blobs", "--json", code=1).stdout)[-1]["subject"] == "blobs"
 
 
 def test_without_a_daemon_there_is_nothing_to_see(tmp_path: Path) -> None:

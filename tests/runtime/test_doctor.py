@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import pytest
 
 import prunus
+from prunus.messaging.blobs import BlobStore
 from prunus.runtime import doctor, reconcile
 from prunus.runtime.display import span
 from prunus.runtime.doctor import MAX_SHOWN, Finding, examine
@@ -87,3 +91,22 @@ async def test_a_profile_that_is_not_there_is_one_finding() -> None:
         raise prunus.ProfileError("there is no profile here")
 
     assert [one async for one in examine(find)] == [Finding("problem", "profile", "there is no profile here")]
+    assert doctor.examine_blobs(find, fix=False) == [Finding("problem", "blobs", "there is no profile here")]
+
+
+def test_damaged_blobs_are_a_problem_until_they_are_set_aside(tmp_path: Path) -> None:
+    """It says which file it is and what to do; with --fix they can be put again."""
+    profile = Profile.create(tmp_path / "profile")
+    assert doctor.examine_blobs(lambda: profile, fix=False) == [Finding("ok", "blobs", "each is what was put")]
+    store, body = BlobStore(profile.blobs, 0.0), b"body"
+    digest = hashlib.sha256(body).hexdigest()
+    store.put(0.0, "s", digest, 0, len(body), body)
+    file = profile.blobs / digest[:2] / digest[2:]
+    file.write_bytes(b"Body")
+    [found] = doctor.examine_blobs(lambda: profile, fix=False)
+    assert (found.level, found.text) == ("problem", f"{file} is damaged")
+    assert "--check-blobs --fix" in str(found.advice)
+    [found] = doctor.examine_blobs(lambda: profile, fix=True)
+    assert (found.level, found.text) == ("fixed", f"{file} was damaged, and is now {file.name}.damaged")
+    store.put(0.0, "s", digest, 0, len(body), body)
+    assert doctor.examine_blobs(lambda: profile, fix=False) == [Finding("ok", "blobs", "each is what was put")]

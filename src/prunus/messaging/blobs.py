@@ -11,6 +11,7 @@ Rules
 - Putting is idempotent: pieces come in order, the answer to each says how far the blob is, and whoever puts goes on
   from there (after a restart of the broker, from the beginning).
 - Who reads a blob looks at the digest of what he got (`Digester`): damaged bytes are an error, and never handed out.
+  `find_damaged` looks at all of them, and one that was `set_aside` can be put again.
 - A blob is kept as long as somebody refers to it, which the store asks its caller, and for `GRACE_S` after it was last
   put (after a restart: after that). `sweep` removes the others, a few at a time.
 
@@ -330,17 +331,14 @@ class BlobStore:
 
     def _walk(self) -> Iterator[str | None]:
         """All blobs; None for each folder of them, which is looked at as a whole."""
-        for place in _listed(self._folder, _PLACE):
-            yield None
-            for name in _listed(self._folder / place, _NAME):
-                yield place + name
+        return _walk(self._folder)
 
     # --- inside ---
 
     def _path(self, digest: str) -> Path:
         if not is_digest(digest):
             raise BlobNotFoundError(digest)
-        return self._folder / digest[:2] / digest[2:]
+        return _file(self._folder, digest)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -355,6 +353,58 @@ class BlobStore:
 def is_digest(text: object) -> bool:
     """Whether it can be the name of a blob."""
     return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
+
+
+def find_damaged(folder: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Path]:
+    """The blobs in `folder` that are not what was put, by their files. Reads all of them, also beside a broker that
+    goes on with them; `progress` is told how many bytes of how many are read. Raises `PersistenceError`."""
+    sizes: dict[str, int] = {}
+    for digest in _walk(folder):
+        if digest is not None:
+            with contextlib.suppress(FileNotFoundError):  # swept meanwhile
+                sizes[digest] = os.stat(_file(folder, digest), follow_symlinks=False).st_size
+    done, total = 0, sum(sizes.values())
+    for digest, size in sizes.items():
+        file, digester = _file(folder, digest), Digester(digest)
+        try:
+            with open(file, "rb", buffering=0, opener=_opener) as blob:
+                while chunk := blob.read(CHUNK_BYTES):
+                    digester.add(chunk)
+                    progress(done := done + len(chunk), total)
+        except FileNotFoundError:
+            done += size
+        except OSError as error:
+            raise PersistenceError(f"the blob {file} can't be read: {error.strerror}") from error
+        else:
+            if not digester.is_right:
+                yield file
+
+
+def set_aside(file: Path) -> Path:
+    """Take the name from a damaged blob, so that it can be put again; where its file is now. Raises
+    `PersistenceError`."""
+    aside = file.with_name(f"{file.name}.damaged")
+    try:
+        os.rename(file, aside)
+        _sync_folder(file.parent)
+    except OSError as error:
+        raise PersistenceError(f"the blob {file} can't be set aside: {error.strerror}") from error
+    return aside
+
+
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)
+
+
+def _walk(folder: Path) -> Iterator[str | None]:
+    for place in _listed(folder, _PLACE):
+        yield None
+        for name in _listed(folder / place, _NAME):
+            yield place + name
+
+
+def _file(folder: Path, digest: str) -> Path:
+    return folder / digest[:2] / digest[2:]
 
 
 def _listed(folder: Path, name: re.Pattern[str]) -> list[str]:

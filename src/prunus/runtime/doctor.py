@@ -20,6 +20,7 @@ import msgspec
 
 import prunus
 from prunus.errors import PersistenceError, PrunusError
+from prunus.messaging import blobs
 from prunus.persistence.database import commit, open_database, refuse_network_file_system, wal_bytes
 from prunus.persistence.persister import QUERY_LIMIT, Query, Record
 from prunus.persistence.sqlite import ProcessStore
@@ -185,6 +186,25 @@ def _damage(found: Sequence[str]) -> Finding:
         return Finding("ok", "database", "its pages are sound")
     advice = "`prunus broker restore FILE` puts a backup in its place; nothing is repaired by itself"
     return Finding("problem", "database", f"damaged: {found[0]}", advice)
+
+
+def examine_blobs(
+    find: Callable[[], Profile], *, fix: bool, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[Finding]:
+    """Every blob is read; `progress` is told how many bytes of how many. With `fix` damaged ones are set aside."""
+    findings = []
+    try:
+        for file in blobs.find_damaged(find().blobs, progress):
+            if fix:
+                text = f"{file} was damaged, and is now {blobs.set_aside(file).name}"
+                finding = Finding("fixed", "blobs", text, "whoever has the data puts it again, or restore a backup")
+            else:
+                advice = "restore a backup; or put it again, after `prunus doctor --check-blobs --fix` set this aside"
+                finding = Finding("problem", "blobs", f"{file} is damaged", advice)
+            findings.append(finding)
+    except PrunusError as error:
+        findings.append(Finding("problem", "blobs", str(error)))
+    return findings or [Finding("ok", "blobs", "each is what was put")]
 
 
 def _services(now: daemon.DaemonStatus) -> Iterator[Finding]:

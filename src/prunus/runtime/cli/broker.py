@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ import click
 
 from prunus.runtime.cli.connection import with_controller
 from prunus.runtime.cli.group import Group, Options
+from prunus.runtime.cli.patience import bar
 
 if TYPE_CHECKING:
     from prunus.runtime.backend import BrokerStatus
@@ -192,7 +191,7 @@ def backup(options: Options, file: Path, force: bool) -> None:
     from prunus.runtime import overview, upkeep
 
     profile, target = _own_profile(options), file.absolute()
-    with _bar("backup") as progress:
+    with bar("backup") as progress:
         if _serves(profile):
             size = with_controller(options, lambda controller: _back_up(controller, target, force, progress))
         else:
@@ -232,7 +231,7 @@ def vacuum(options: Options) -> None:
 
     profile = _own_profile(options)
     if _serves(profile):
-        with _bar("vacuum") as progress:
+        with bar("vacuum") as progress:
             given = with_controller(options, lambda controller: _give_back(controller, progress))
         click.echo(f"{overview.size(given)} were given back.")
     else:
@@ -351,21 +350,6 @@ async def _give_back(controller: ProcessController, progress: Callable[[int, int
         if not space.given:
             return space.page_bytes * given
         await asyncio.sleep(0)
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, nothing anywhere else."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.progress import Progress
-
-    from prunus.runtime import display
-
-    with Progress(console=display.console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total or None)
 
 
 def _own_profile(options: Options) -> Profile:

@@ -11,7 +11,7 @@ import contextlib
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import click
 
@@ -90,3 +90,19 @@ async def patience(waiting_for: str, total: int | None = None, doing: str = "") 
         ticking.cancel()
         await asyncio.gather(ticking, return_exceptions=True)
         meter.clear()
+
+
+@contextlib.contextmanager
+def bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """For work that tells how much of how much is done: a bar on a terminal, nothing anywhere else. Nothing else is to
+    be printed meanwhile."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.progress import Progress
+
+    from prunus.runtime import display
+
+    with Progress(console=display.console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total or None)

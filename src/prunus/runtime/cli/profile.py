@@ -10,6 +10,7 @@ import click
 
 from prunus.runtime.cli.connection import import_like_workers
 from prunus.runtime.cli.group import Command, Options
+from prunus.runtime.cli.patience import bar
 
 
 @click.command(cls=Command)
@@ -48,41 +49,50 @@ def init(options: Options, name: str | None, workers: int | None, listen: tuple[
 
 @click.command(cls=Command)
 @click.option("--check-checkpoints", is_flag=True, help="Load every live process with the code as it is now.")
+@click.option("--check-blobs", is_flag=True, help="Read every blob, and compare it with its name.")
 @click.option("--fix", is_flag=True, help="Repair what can be repaired safely, and say each thing.")
 @click.option("--json", "as_json", is_flag=True, help="The findings as JSON.")
 @click.pass_obj
-def doctor(options: Options, check_checkpoints: bool, fix: bool, as_json: bool) -> None:
+def doctor(options: Options, check_checkpoints: bool, check_blobs: bool, fix: bool, as_json: bool) -> None:
     """Say what is wrong, and what to do.
 
     With --fix, processes that nobody looks after are given to workers again: what the broker does by itself within
-    a minute. The exit code is 1 if something is wrong, and was not repaired.
+    a minute; and damaged blobs are set aside, so that they can be put again. The exit code is 1 if something is
+    wrong, and was not repaired.
     """
     from prunus.runtime import display
-    from prunus.runtime.doctor import examine
+    from prunus.runtime.doctor import Finding, examine, examine_blobs
 
     marks = {"ok": click.style("ok      ", fg="green"), "warning": click.style("warning ", fg="yellow")}
     marks["problem"] = click.style("problem ", fg="red", bold=True)
     marks["fixed"] = click.style("fixed   ", fg="cyan")
     console = display.console()
 
-    async def look() -> bool:
-        is_well, found = True, []
+    found: list[Finding] = []
+
+    def say(finding: Finding) -> None:
+        found.append(finding)
+        if as_json:
+            return
+        click.echo(f"{marks[finding.level]} {finding.subject:<10} {finding.text}")
+        if finding.advice:
+            click.echo(f"{'':>9}{'':<11}-> {finding.advice}")
+
+    async def look() -> None:
         if check_checkpoints:
             import_like_workers(options.find_profile())
         async for finding in examine(options.find_profile, check_checkpoints=check_checkpoints, fix=fix):
-            is_well = is_well and finding.level != "problem"
-            found.append(finding)
-            if as_json:
-                continue
-            click.echo(f"{marks[finding.level]} {finding.subject:<10} {finding.text}")
-            if finding.advice:
-                click.echo(f"{'':>9}{'':<11}-> {finding.advice}")
-        if as_json:
-            click.echo(display.as_json(found))
-        return is_well
+            say(finding)
 
-    is_well = asyncio.run(look())
+    asyncio.run(look())
+    if check_blobs:
+        with bar("blobs") as progress:
+            of_blobs = examine_blobs(options.find_profile, fix=fix, progress=progress)
+        for finding in of_blobs:
+            say(finding)
+    is_well = all(finding.level != "problem" for finding in found)
     if as_json:
-        sys.exit(0 if is_well else 1)
-    console.print("All is well." if is_well else "Something is wrong: see the lines above that say 'problem'.")
+        click.echo(display.as_json(found))
+    else:
+        console.print("All is well." if is_well else "Something is wrong: see the lines above that say 'problem'.")
     sys.exit(0 if is_well else 1)
