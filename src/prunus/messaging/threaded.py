@@ -125,7 +125,7 @@ class ThreadedCommunicator(PeerCommunicator):
                     return True
                 if at_once and self._lock.acquire(blocking=False):  # else a turn is being made, perhaps by our caller
                     try:
-                        self._make_turn(receive=False)
+                        self._turn_at_home(receive=False)
                     finally:
                         self._lock.release()
                 else:
@@ -148,23 +148,20 @@ class ThreadedCommunicator(PeerCommunicator):
     # --- a turn, with the lock ---
 
     def _turn(self, *, receive: bool) -> None:
-        """Take what came and what was asked, and say what follows."""
+        """Take what came and what was asked, and say what follows. A defect in that ends everything that waits, before
+        anybody makes another turn."""
         self._turns += 1
-        frames, broken = self._transport.receive() if receive else ([], None)
-        if self._interrupted:
-            self._interrupted, broken = False, "a turn was interrupted"
-        broken = self._step(boottime(), frames) or broken
-        if self._finished:
-            return
-        if broken is not None:
-            logger.info("connecting again", extra={"endpoint": self.endpoint, "reason": broken})
-            self._connect()
-        self._say()
-
-    def _try_turn(self, *, receive: bool) -> None:
-        """A turn; a defect in it ends everything that waits, before anybody makes another."""
         try:
-            self._turn(receive=receive)
+            frames, broken = self._transport.receive() if receive else ([], None)
+            if self._interrupted:
+                self._interrupted, broken = False, "a turn was interrupted"
+            broken = self._step(boottime(), frames) or broken
+            if self._finished:
+                return
+            if broken is not None:
+                logger.info("connecting again", extra={"endpoint": self.endpoint, "reason": broken})
+                self._connect()
+            self._say()
         except Exception:
             self._finish()
             logger.exception(BROKE)
@@ -183,24 +180,21 @@ class ThreadedCommunicator(PeerCommunicator):
 
     def _on_commands(self) -> None:
         self._is_called = False
-        self._turn_at_home(receive=False)
+        with self._lock:
+            self._turn_at_home(receive=False)
 
     def _on_readable(self) -> None:
         if self._alone:
             self._leave_home()
         else:
-            self._turn_at_home(receive=True)
+            with self._lock:
+                self._turn_at_home(receive=True)
 
     def _turn_at_home(self, *, receive: bool) -> None:
-        with self._lock:
-            self._make_turn(receive=receive)
-
-    def _make_turn(self, *, receive: bool) -> None:
-        """With the lock."""
         if self._finished:
             return
         try:
-            self._try_turn(receive=receive)
+            self._turn(receive=receive)
         except BaseException:  # Ctrl-C
             self._interrupted = True
             self._transport.wake()
@@ -233,7 +227,7 @@ class ThreadedCommunicator(PeerCommunicator):
                     self._keep_silent()
                 with self._lock:
                     if not self._finished:
-                        self._try_turn(receive=True)
+                        self._turn(receive=True)
         except Exception:  # the outermost loop of the thread: whoever waits must hear of it
             logger.exception(BROKE)
         finally:
