@@ -159,11 +159,6 @@ class FrameWriter:
     def _next_chunk(self) -> bytes:
         """At least one frame; there is one."""
         frames, size = self._frames, 0
-        if len(frames) == 1:
-            [frame] = frames
-            frames.clear()
-            self._size = 0
-            return _LENGTH.pack(len(frame)) + frame
         parts: list[bytes] = []
         while frames and size < WRITE_BYTES:
             frame = frames.popleft()
