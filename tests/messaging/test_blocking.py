@@ -7,6 +7,7 @@ import inspect
 import os
 import signal
 import sqlite3
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -185,6 +186,25 @@ def test_on_the_communicators_own_thread_it_raises_at_once(communicator: Blockin
 
     communicator.communicator._post(inside)
     assert "own thread" in outcome.result(PATIENCE_S)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_handler_that_would_end_the_program(
+    communicator: BlockingCommunicator, is_async: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`sys.exit` ends the handler, whose caller hears of it, and no more: the thread can't end the program."""
+
+    def leave(body: bytes) -> bytes:
+        sys.exit(3)
+
+    async def leave_async(body: bytes) -> bytes:
+        sys.exit(3)
+
+    communicator.add_rpc_subscriber(leave_async if is_async else leave, "leave")
+    for _ in range(2):
+        with pytest.raises(RemoteError, match="SystemExit"):
+            communicator.rpc_send("leave", b"")
+    assert "only the handler ended" in caplog.text
 
 
 def test_ctrl_c_ends_the_wait(communicator: BlockingCommunicator) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from prunus.errors import (
@@ -32,6 +34,7 @@ from prunus.messaging.messages import (
     MAX_FRAME_BYTES,
     Alive,
     BroadcastSubscribe,
+    BroadcastUnsubscribe,
     BrokerMessage,
     Call,
     CallDone,
@@ -488,12 +491,18 @@ def test_patience_ends(line: Line) -> None:
 
 
 def test_requests_have_a_bound(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too many, or too many bytes, are refused before they are said; acknowledgements are not."""
+    """Too many, or too many bytes, are refused before they are said; what is given back, or is true already, is not."""
     monkeypatch.setattr(client, "MAX_UNANSWERED", 1)
     line.send()
     with pytest.raises(BusyError):
         line.send()
     line.core.ask(line.now, lambda id: TaskAck(id=id, task="t", epoch=5))
+    line.core.ask(line.now, lambda id: TaskSubscribe(id=id, queue="q", credit=1))
+    line.core.ask(line.now, lambda id: TaskUnsubscribe(id=id, queue="q"))
+    line.core.ask(line.now, lambda id: RpcSubscribe(id=id, identifier="i"))
+    line.core.ask(line.now, lambda id: RpcUnsubscribe(id=id, identifier="i"))
+    line.core.ask(line.now, lambda id: BroadcastSubscribe(id=id, subscription=1))
+    line.core.ask(line.now, lambda id: BroadcastUnsubscribe(id=id, subscription=1))
     line.core.ask(line.now, lambda id: Goodbye(id=id))
     monkeypatch.setattr(client, "MAX_UNANSWERED", 10)
     monkeypatch.setattr(client, "MAX_UNANSWERED_BYTES", 1000)
@@ -501,7 +510,19 @@ def test_requests_have_a_bound(line: Line, monkeypatch: pytest.MonkeyPatch) -> N
         line.send(bytes(1000))
     with pytest.raises(MessageTooLargeError):
         line.send(bytes(MAX_FRAME_BYTES))
-    assert [type(message) for message in line.said()] == [TaskSend, TaskAck, Goodbye]
+    assert [type(message) for message in line.said()] == [
+        TaskSend, TaskAck, TaskSubscribe, TaskUnsubscribe, RpcSubscribe, RpcUnsubscribe, BroadcastSubscribe,
+        BroadcastUnsubscribe, Goodbye,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", [{"priority": True}, {"max_attempts": 2**70}, {"queue": None}, {"expires_at": 1e12}])
+def test_what_the_broker_would_not_understand_is_not_said(line: Line, wrong: dict[str, Any]) -> None:
+    """A `ValueError` for who asks; nothing of it is kept, and the connection lives on."""
+    with pytest.raises(ValueError, match="can't be asked"):
+        line.core.ask(line.now, lambda id: TaskSend(**{"id": id, "task": "t", "body": b"", **wrong}))
+    assert line.said() == []
+    assert line.core.is_idle
 
 
 def test_awaited_results_have_a_bound(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from prunus.errors import BusyError
 from prunus.messaging import client, deliveries, handover, local
 from prunus.messaging.communicator import IncomingTask
 from prunus.messaging.handover import Callback, Crossing, Handler, Handover, Job, Jobs, NotRunError, Waiter
@@ -387,3 +388,22 @@ async def test_the_core_is_asked_before_bounds_are_passed(peers: Connect, monkey
     refused = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     assert {type(error).__name__ for error in refused} == {"BusyError"}
     assert (await sender.statistics()).accepted == len(outcomes) - len(refused) >= 10
+
+
+async def test_what_is_in_hand_is_given_back_beyond_the_bound(peers: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may ask for nothing new settles a fetched task and leaves all the same; nobody else is troubled."""
+    peer, other = await peers(), await peers()
+    await other.task_send(b"1")
+    subscription = await peer.add_rpc_subscriber(lambda body: body, "name")
+    monkeypatch.setattr(client, "MAX_UNANSWERED", 0)
+    with pytest.raises(BusyError):
+        await peer.task_send(b"")
+    monkeypatch.undo()
+    taken = await peer.next_task()
+    monkeypatch.setattr(client, "MAX_UNANSWERED", 0)
+    await taken.acknowledge()
+    await subscription.cancel()
+    monkeypatch.undo()
+    assert await other.tasks() == []
+    await other.add_rpc_subscriber(lambda body: body, "name")
+    assert await peer.rpc_send("name", b"x") == b"x"

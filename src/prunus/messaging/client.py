@@ -28,7 +28,15 @@ from typing import TypeVar, assert_never
 
 import msgspec
 
-from prunus.errors import BusyError, Failure, IndeterminateError, NotDeliveredError, PrunusError
+from prunus.errors import (
+    BusyError,
+    Failure,
+    IndeterminateError,
+    NotDeliveredError,
+    ProtocolError,
+    PrunusError,
+    RemoteError,
+)
 from prunus.messaging.messages import (
     LEASE_S,
     Alive,
@@ -71,6 +79,7 @@ from prunus.messaging.messages import (
     Violation,
     Welcome,
     decode_from_broker,
+    decode_from_client,
     encode,
     outcome_of,
 )
@@ -94,8 +103,12 @@ MAX_REMEMBERED = 10_000
 MAX_REMEMBERED_BYTES = 64 * 1024 * 1024
 """The bytes of these answers; the oldest are forgotten first."""
 
-_UNLIMITED = (TaskAck, TaskNack, Goodbye)
-"""Requests that give something back: they are never refused, or the broker would wait for them."""
+_UNLIMITED = (
+    TaskAck, TaskNack, TaskSubscribe, TaskUnsubscribe, RpcSubscribe, RpcUnsubscribe, BroadcastSubscribe,
+    BroadcastUnsubscribe, Goodbye,
+)  # fmt: skip
+"""Requests that give something back, for which the broker would wait, or that say what is true here already: they are
+never refused."""
 _IN_HAND = (TaskAck, TaskNack)
 """Requests that have time as long as their task is in hand."""
 
@@ -339,10 +352,15 @@ class ClientCore:
     def ask(self, now: float, make: Callable[[int], Request], timeout_s: float | None = None) -> int:
         """Say a request until it is answered, at most for `timeout_s`; its id.
 
-        Raises `MessageTooLargeError` or `BusyError`; nothing was said then.
+        Raises `MessageTooLargeError`, `BusyError`, or `ValueError` if the broker would not understand it; nothing was
+        said then.
         """
         message = make(self._next_id)
-        frame = encode(message)
+        try:
+            frame = encode(message)
+            decode_from_client(frame)  # as the broker will: what it takes for nonsense costs the connection
+        except (ProtocolError, OverflowError) as error:
+            raise ValueError(f"this can't be asked of the broker: {error}") from None
         if not isinstance(message, _UNLIMITED) and (
             len(self._unanswered) >= MAX_UNANSWERED or self._unanswered_bytes + len(frame) > MAX_UNANSWERED_BYTES
         ):
@@ -543,9 +561,12 @@ class ClientCore:
 
 
 def result_or_raise(outcome: Outcome) -> bytes:
-    """The result in an outcome; raises the error in it."""
+    """The result in an outcome; raises the error in it. If that is one of our tree which was raised by a handler, its
+    cause is the `RemoteError` that carries the traceback and the causes which it had there."""
     if isinstance(outcome, Failure):
-        raise outcome.to_exception()
+        error = outcome.to_exception()
+        was_raised = outcome.cause is not None or outcome.traceback.startswith("Traceback")
+        raise error from RemoteError(outcome) if was_raised and not isinstance(error, RemoteError) else None
     return outcome or b""
 
 

@@ -25,7 +25,9 @@ from prunus.errors import (
     CommunicatorClosedError,
     DuplicateSubscriberError,
     Failure,
+    IndeterminateError,
     MessageTooLargeError,
+    NotDeliveredError,
     PrunusError,
     TaskRejectedError,
     UnroutableError,
@@ -350,8 +352,8 @@ class TaskSubscription(Lane):
         return job
 
     async def set_credit(self, credit: int) -> None:
-        if credit < 0:
-            raise ValueError(f"a credit is 0 or more, not {credit}")
+        if not isinstance(credit, int) or isinstance(credit, bool) or credit < 0:
+            raise ValueError(f"a credit is a whole number from 0 on, not {credit!r:.100}")
 
         def change(id: int) -> Request:
             self.credit = credit
@@ -614,4 +616,12 @@ def _bytes_or_failure(result: object, error: BaseException | None, *, optional: 
             return None
         else:
             error = TypeError(f"a handler must return bytes, not {type(result).__name__}")
-    return outcome_of(error)
+    failure = outcome_of(error)
+    if isinstance(error, _OF_A_MESSAGE):
+        failure = msgspec.structs.replace(failure, type=f"prunus.{type(error).__name__}")
+    return failure
+
+
+_OF_A_MESSAGE = (NotDeliveredError, IndeterminateError, UnroutableError)
+"""What these say, they say of a message. Raised by a handler that is another one than that which led to the handler:
+whoever sent that one gets them as a `RemoteError`."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Container
@@ -111,6 +112,8 @@ class Callback(Crossing):
     __slots__ = ("_function", "_gathered", "_on_its_way", "_saying", "loop")
 
     def __init__(self, function: Callable[[int], object]) -> None:
+        if not callable(function):
+            raise TypeError(f"this is no function that could be called: {function!r:.100}")
         self.loop = asyncio.get_running_loop()
         self._function = function
         self._gathered = self._saying = 0
@@ -145,7 +148,9 @@ class Handler:
     __slots__ = ("context", "function", "is_async", "loop")
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
-        """To run in this loop."""
+        """To run in this loop. Raises `TypeError` if it is nothing that could be called."""
+        if not callable(function):
+            raise TypeError(f"a handler is a function, or an object that can be called, not {function!r:.100}")
         self.function = function
         self.loop = asyncio.get_running_loop()
         self.context = copy_context()
@@ -199,6 +204,11 @@ class Job(Crossing):
                     result = await result
         except Exception as error:  # the user's handler: whatever it raised is the answer
             self._end(None, error)
+        except (SystemExit, KeyboardInterrupt) as error:
+            self._end(None, error)
+            if threading.current_thread() is threading.main_thread():
+                raise
+            logger.error("a handler wanted to end the program, from a thread that can't: only the handler ended")
         except BaseException as error:
             self._end(None, error)
             raise

@@ -46,7 +46,9 @@ LEASE_S = 15.0
 """A session of which nothing was heard for so long is gone, unless its broker was told otherwise."""
 
 Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
-Moment = Annotated[float, msgspec.Meta(ge=0.0, le=1e11)]
+MAX_MOMENT = 1e11
+"""In the year 5138."""
+Moment = Annotated[float, msgspec.Meta(ge=0.0, le=MAX_MOMENT)]
 """Wall-clock time, in seconds since 1970."""
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 """The SHA-256 of a blob, which is its name."""

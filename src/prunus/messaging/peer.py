@@ -80,6 +80,7 @@ from prunus.messaging.inventory import MAX_LISTED, QueueLimits, Statistics, Task
 from prunus.messaging.liveness import this_peer
 from prunus.messaging.messages import (
     CHUNK_BYTES,
+    MAX_MOMENT,
     MAX_NAME_CHARS,
     MAX_PRIORITY,
     BlobGet,
@@ -181,9 +182,10 @@ class PeerCommunicator(ABC):
         max_attempts: int = 0,
         resources: Mapping[str, int] | None = None,
     ) -> Receipt:
-        _check_names(queue, key, subject)
-        if not isinstance(priority, int) or not 0 <= priority <= MAX_PRIORITY:
-            raise ValueError(f"a priority is from 0 to {MAX_PRIORITY}, not {priority}")
+        _check_names(queue)
+        _check_optional_names(key, subject)
+        if not _is_whole(priority) or not 0 <= priority <= MAX_PRIORITY:
+            raise ValueError(f"a priority is from 0 to {MAX_PRIORITY}, not {priority!r:.100}")
         if if_pending not in ("join", "replace"):
             raise ValueError(f"if_pending is 'join' or 'replace', not {if_pending!r}")
         _check_number("max_attempts", max_attempts)
@@ -219,7 +221,7 @@ class PeerCommunicator(ABC):
 
     async def rpc_send(self, recipient: str, body: bytes, *, timeout_s: float = RPC_TIMEOUT_S) -> bytes:
         _check_names(recipient)
-        if not 0 <= timeout_s <= MAX_TIMEOUT_S:
+        if isinstance(timeout_s, bool) or not 0 <= timeout_s <= MAX_TIMEOUT_S:
             raise ValueError(f"a time-out is from 0 to {MAX_TIMEOUT_S:g} seconds, not {timeout_s!r:.100}")
         body = _checked_body(body)
         outcome = await self._request(
@@ -230,7 +232,7 @@ class PeerCommunicator(ABC):
         return result_or_raise(outcome)
 
     async def broadcast_send(self, body: bytes, *, sender: str | None = None, subject: str | None = None) -> None:
-        _check_names(sender, subject)
+        _check_optional_names(sender, subject)
         body = _checked_body(body)
         await self._request(lambda id: BroadcastSend(id=id, body=body, sender=sender, subject=subject), nothing)
 
@@ -243,14 +245,16 @@ class PeerCommunicator(ABC):
         subject: str | None = None,
         shared: bool = False,
     ) -> TaskSubscription:
-        _check_names(queue, subject)
+        _check_names(queue)
+        _check_optional_names(subject)
         _check_number("credit", credit)
         return await self._subscribe(TaskSubscription(self, handler, queue, subject, credit, bool(shared)))
 
     async def next_task(
         self, *, queue: str = DEFAULT_QUEUE, subject: str | None = None, timeout_s: float | None = None
     ) -> Taken:
-        _check_names(queue, subject)
+        _check_names(queue)
+        _check_optional_names(subject)
         pull = Pull(self, queue, subject)
         try:
             await self._subscribe(pull)
@@ -278,7 +282,7 @@ class PeerCommunicator(ABC):
         subject: str | None = None,
         on_missed: Callable[[int], None] | None = None,
     ) -> BroadcastSubscription:
-        _check_names(sender, subject)
+        _check_optional_names(sender, subject)
         number = next(self._numbers)
         return await self._subscribe(BroadcastSubscription(self, number, handler, (sender, subject), on_missed))
 
@@ -293,10 +297,10 @@ class PeerCommunicator(ABC):
         limit: int = 100,
         bodies: bool = False,
     ) -> list[TaskInfo]:
-        _check_names(queue, task, key)
+        _check_optional_names(queue, task, key)
         _check_place(place)
         _check_number("after", after)
-        if not isinstance(limit, int) or not 1 <= limit <= MAX_LISTED:
+        if not _is_whole(limit) or not 1 <= limit <= MAX_LISTED:
             raise ValueError(f"a page has from 1 to {MAX_LISTED} tasks, not {limit}; ask for the next with `after`")
 
         def make(id: int) -> TaskList:
@@ -479,7 +483,8 @@ class PeerCommunicator(ABC):
         queue: str | None,
         place: TaskPlace | None,
     ) -> int:
-        _check_names(queue, *tasks)
+        _check_names(*tasks)
+        _check_optional_names(queue)
         _check_place(place)
         if not tasks and queue is None and place is None:
             raise ValueError(f"say which tasks to {action}: by their ids, or all of a queue or a place")
@@ -722,7 +727,7 @@ class _Asked(Waiter):
             if communicator._finished:
                 raise CommunicatorClosedError
             request = communicator._core.ask(now, self._make, self._timeout_s)
-        except (PrunusError, ValueError, TypeError) as error:
+        except Exception as error:  # it is the asker's, who waits for it: nobody else must suffer
             communicator._resolve(self, error)
         else:
             communicator._waiters[request] = self
@@ -743,10 +748,12 @@ def _checked_body(body: bytes) -> bytes:
     return body
 
 
-def _check_names(*names: str | None) -> None:
+def _check_optional_names(*names: str | None) -> None:
+    _check_names(*(name for name in names if name is not None))
+
+
+def _check_names(*names: str) -> None:
     for name in names:
-        if name is None:
-            continue
         if not isinstance(name, str) or len(name) > MAX_NAME_CHARS or not (name.isascii() or speakable(name) == name):
             raise ValueError(f"a name is a text of up to {MAX_NAME_CHARS} characters, not {name!r:.100}")
 
@@ -758,8 +765,12 @@ def _checked_digest(ref: BlobRef) -> str:
 
 
 def _check_number(what: str, number: int) -> None:
-    if not isinstance(number, int) or not 0 <= number < 2**63:
-        raise ValueError(f"{what} is a number from 0 on, not {number!r:.100}")
+    if not _is_whole(number) or not 0 <= number < 2**63:
+        raise ValueError(f"{what} is a whole number from 0 on, below 2**63, not {number!r:.100}")
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
 
 
 def _check_place(place: str | None) -> None:
@@ -782,12 +793,12 @@ def _checked_resources(resources: Mapping[str, int]) -> tuple[tuple[str, int], .
 
 
 def _wall_clock(what: str, moment: datetime | None) -> float:
-    """Seconds since 1970; 0: nothing was asked for."""
+    """Seconds since 1970, up to the last that can be said; 0: nothing was asked for."""
     if moment is None:
         return 0.0
     if moment.tzinfo is None:
         raise ValueError(f"{what} needs a time zone, say datetime.now(UTC) + ...; {moment!r} has none")
-    return max(moment.timestamp(), 1.0)
+    return min(max(moment.timestamp(), 1.0), MAX_MOMENT)
 
 
 def _receipt(answer: TaskStored) -> Receipt:

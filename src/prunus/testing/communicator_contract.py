@@ -38,6 +38,7 @@ from prunus.errors import (
     IndeterminateError,
     InvalidStateError,
     MessageTooLargeError,
+    NotDeliveredError,
     RemoteError,
     TaskDeletedError,
     TaskRejectedError,
@@ -525,24 +526,41 @@ class CommunicatorContract:
         peer = await connect()
         for wrong, word in (
             ({"max_attempts": -1}, "max_attempts"),
+            ({"max_attempts": True}, "max_attempts"),
+            ({"max_attempts": 2**63}, "max_attempts"),
             ({"priority": 2.5}, "priority"),
+            ({"priority": True}, "priority"),
             ({"if_pending": "forget"}, "if_pending"),
             ({"resources": {"gpu": -1}}, "gpu"),
+            ({"resources": {"gpu": True}}, "gpu"),
+            ({"resources": {None: 1}}, "name"),
             ({"queue": "x" * 2000}, "name"),
+            ({"queue": None}, "name"),
         ):
             with pytest.raises(ValueError, match=word):
                 await peer.task_send(b"", **wrong)
         with pytest.raises(ValueError, match="credit"):
             await peer.add_task_subscriber(Inbox(), credit=-1)
-        for page in (0, 100_000):
+        subscription = await peer.add_task_subscriber(Inbox(), queue="credits")
+        for credit in (-1, 1.5, float("nan"), True):
+            with pytest.raises(ValueError, match="credit"):
+                await subscription.set_credit(credit)  # type: ignore[arg-type]
+        for page in (0, 100_000, True):
             with pytest.raises(ValueError, match="page"):
                 await peer.tasks(limit=page)
-        for timeout_s in (-1.0, float("inf"), float("nan")):
+        for timeout_s in (-1.0, float("inf"), float("nan"), True):
             with pytest.raises(ValueError, match="time-out"):
                 await peer.rpc_send("name", b"", timeout_s=timeout_s)
-        for limits in (QueueLimits(burst=1.5), QueueLimits(max_length="many")):  # type: ignore[arg-type]
-            with pytest.raises(ValueError, match="limits"):
+        for limits in (
+            QueueLimits(burst=1.5),  # type: ignore[arg-type]
+            QueueLimits(max_length="many"),  # type: ignore[arg-type]
+            QueueLimits(concurrency=2**70),
+        ):
+            with pytest.raises(ValueError, match=r"limits|broker"):
                 await peer.configure_queue("q", limits)
+        for capacity in (-1, True, 2**63):
+            with pytest.raises(ValueError, match="capacity"):
+                await peer.configure_resource("gpu", capacity)
         for name in ("\ud800", "x" * 2000):
             with pytest.raises(ValueError, match="name"):
                 await peer.add_task_subscriber(Inbox(), queue=name)
@@ -551,6 +569,33 @@ class CommunicatorContract:
         for edit in (peer.requeue(), peer.delete()):
             with pytest.raises(ValueError, match="which tasks"):
                 await edit
+        nameless = (peer.requeue(None), peer.rpc_send(None, b""), peer.add_rpc_subscriber(echo, None))  # type: ignore[arg-type]
+        for call in nameless:
+            with pytest.raises(ValueError, match="name"):
+                await call
+        no_handlers = (
+            peer.add_task_subscriber(None),  # type: ignore[arg-type]
+            peer.add_rpc_subscriber(5, "five"),  # type: ignore[arg-type]
+            peer.add_broadcast_subscriber(never, on_missed=5),  # type: ignore[arg-type]
+        )
+        for call in no_handlers:
+            with pytest.raises(TypeError, match="called"):
+                await call
+        assert await peer.tasks() == [], "it goes on, and nothing of all that was stored"
+
+    async def test_the_end_of_time(self, connect: Connect) -> None:
+        """The last moment that Python can say is as good as never."""
+        sender, worker = await connect(), await connect()
+        await sender.task_send(b"never", not_before=datetime.max.replace(tzinfo=UTC))
+        await sender.task_send(b"now", expires_at=datetime.max.replace(tzinfo=UTC))
+        inbox = Inbox()
+        await worker.add_task_subscriber(inbox, credit=5)
+        task = await inbox.next()
+        assert task.body == b"now"
+        inbox.ack(task)
+        [left] = await sender.tasks(place="delayed")
+        assert left.due_at is not None
+        assert left.due_at > datetime(5000, 1, 1, tzinfo=UTC).timestamp()
 
     # --- fetching one task ---
 
@@ -1093,6 +1138,35 @@ class CommunicatorContract:
         receipt = await peer.task_send(b"x", want_result=True)
         assert await receipt.result() == b"x!"
         assert await heard.get() == b"x!!"
+
+    async def test_an_error_of_ours_that_a_handler_raised(self, connect: Connect) -> None:
+        """It comes as what it is, with traceback and cause of there; but what would say something of a message is not
+        taken for a word on the one that led to the handler."""
+        peer = await connect()
+
+        async def fail(argument: object) -> bytes:
+            try:
+                raise KeyError("inner")
+            except KeyError as error:
+                raise BusyError("outer") from error
+
+        async def tell(argument: object) -> bytes:
+            raise NotDeliveredError("somebody else")
+
+        await peer.add_rpc_subscriber(fail, "fail")
+        await peer.add_rpc_subscriber(tell, "tell")
+        with pytest.raises(BusyError, match="outer") as busy:
+            await peer.rpc_send("fail", b"")
+        assert isinstance(busy.value.__cause__, RemoteError)
+        failure = busy.value.__cause__.failure
+        assert "in fail" in failure.traceback
+        assert failure.cause is not None
+        assert failure.cause.type == "KeyError"
+        with pytest.raises(RemoteError, match="NotDeliveredError: the message to 'somebody else'"):
+            await peer.rpc_send("tell", b"")
+        with pytest.raises(UnroutableError) as nobody:
+            await peer.rpc_send("nobody", b"")
+        assert nobody.value.__cause__ is None
 
     async def test_a_remote_error_has_all_of_it(self, connect: Connect) -> None:
         """Type, message, traceback and cause, of questions and of tasks."""
