@@ -516,6 +516,29 @@ def test_requests_have_a_bound(line: Line, monkeypatch: pytest.MonkeyPatch) -> N
     ]  # fmt: skip
 
 
+def test_what_a_hello_says_has_a_bound(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Subscriptions that could not be said again after a reconnection are refused; what ends makes room."""
+    monkeypatch.setattr(client, "MAX_STATED_BYTES", 500)
+
+    def subscribe(number: int) -> int:
+        return line.core.ask(line.now, lambda id: BroadcastSubscribe(id=id, subscription=number, subject="s" * 200))
+
+    subscribe(1)
+    second = subscribe(2)
+    with pytest.raises(BusyError, match="2 subscriptions"):
+        subscribe(3)
+    with pytest.raises(BusyError, match="2 subscriptions"):
+        line.core.ask(line.now, lambda id: RpcSubscribe(id=id, identifier="i" * 200))
+    line.send()
+    line.core.ask(line.now, lambda id: BroadcastUnsubscribe(id=id, subscription=1))
+    line.core.ask(line.now, lambda id: TaskSubscribe(id=id, queue="q" * 200, credit=1))
+    line.core.ask(line.now, lambda id: TaskSubscribe(id=id, queue="q" * 200, credit=2))
+    with pytest.raises(BusyError, match="2 subscriptions"):
+        line.core.ask(line.now, lambda id: TaskSubscribe(id=id, queue="r" * 200, credit=1))
+    line.hear(Refused(id=second, failure=outcome_of(BusyError("no"))))
+    subscribe(3)
+
+
 @pytest.mark.parametrize("wrong", [{"priority": True}, {"max_attempts": 2**70}, {"queue": None}, {"expires_at": 1e12}])
 def test_what_the_broker_would_not_understand_is_not_said(line: Line, wrong: dict[str, Any]) -> None:
     """A `ValueError` for who asks; nothing of it is kept, and the connection lives on."""

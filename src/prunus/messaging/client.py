@@ -98,6 +98,8 @@ MAX_UNANSWERED_BYTES = 256 * 1024 * 1024
 """Their bytes; more are refused with `BusyError`."""
 MAX_AWAITED = 100_000
 """Results that are waited for; `task_send` for one more is refused with `BusyError`."""
+MAX_STATED_BYTES = 8 * 1024 * 1024
+"""Subscriptions, as every `Hello` says them; one more is refused with `BusyError`."""
 MAX_REMEMBERED = 10_000
 """Tasks whose highest epoch is remembered, and questions whose answer is."""
 MAX_REMEMBERED_BYTES = 64 * 1024 * 1024
@@ -109,6 +111,8 @@ _UNLIMITED = (
 )  # fmt: skip
 """Requests that give something back, for which the broker would wait, or that say what is true here already: they are
 never refused."""
+_SUBSCRIBES = (TaskSubscribe, RpcSubscribe, BroadcastSubscribe)
+_UNSUBSCRIBES = (TaskUnsubscribe, RpcUnsubscribe, BroadcastUnsubscribe)
 _IN_HAND = (TaskAck, TaskNack)
 """Requests that have time as long as their task is in hand."""
 
@@ -226,6 +230,9 @@ class ClientCore:
         """Those of them that have one credit."""
         self._identifiers: dict[str, int] = {}
         self._patterns: dict[int, tuple[str | None, str | None]] = {}
+        self._stated: dict[object, int] = {}
+        """The bytes of each of these, by its name."""
+        self._stated_bytes = 0
         self._asked: set[tuple[str, int]] = set()
         """Questions that are not answered yet."""
         self._answers: OrderedDict[tuple[str, int], bytes] = OrderedDict()
@@ -365,6 +372,15 @@ class ClientCore:
             len(self._unanswered) >= MAX_UNANSWERED or self._unanswered_bytes + len(frame) > MAX_UNANSWERED_BYTES
         ):
             raise BusyError(f"{len(self._unanswered):,} requests wait for the broker; try again later")
+        if (
+            isinstance(message, _SUBSCRIBES)
+            and (more := len(frame) - self._stated.get(_name_of(message), 0)) > 0
+            and self._stated_bytes + more > MAX_STATED_BYTES
+        ):
+            raise BusyError(
+                f"{len(self._stated):,} subscriptions with names of {self._stated_bytes:,} bytes are there already; "
+                "cancel some, or make their names shorter"
+            )
         if isinstance(message, TaskSend) and message.want_result and len(self._awaited) >= MAX_AWAITED:
             raise BusyError(f"{MAX_AWAITED:,} results are waited for; send without want_result, or wait for some")
         self._next_id += 1
@@ -372,7 +388,7 @@ class ClientCore:
         self._unanswered_bytes += len(frame)
         if timeout_s is not None:
             heapq.heappush(self._deadlines, (now + timeout_s, message.id))
-        self._note(message)
+        self._note(message, len(frame))
         if self.up:
             self._say_request(one)
         return message.id
@@ -428,6 +444,7 @@ class ClientCore:
                 events.append(TaskLost(task))
         for identifier in message.taken:
             if self._identifiers.pop(identifier, None) is not None:
+                self._state_no_more(identifier)
                 events.append(NameTaken(identifier))
         if message.since:
             for identifier, since in self._identifiers.items():
@@ -455,8 +472,14 @@ class ClientCore:
         """All requests below this are answered."""
         return next(iter(self._unanswered), self._next_id)
 
-    def _note(self, message: Request) -> None:
+    def _note(self, message: Request, size: int) -> None:
         """What the request makes true is said in every `Hello` from now on."""
+        if isinstance(message, _SUBSCRIBES):
+            name = _name_of(message)
+            self._stated_bytes += size - self._stated.get(name, 0)
+            self._stated[name] = size
+        elif isinstance(message, _UNSUBSCRIBES):
+            self._state_no_more(_name_of(message))
         match message:
             case TaskSend():
                 if message.want_result:
@@ -479,6 +502,9 @@ class ClientCore:
                 self._patterns.pop(message.subscription, None)
             case _:
                 pass
+
+    def _state_no_more(self, name: object) -> None:
+        self._stated_bytes -= self._stated.pop(name, 0)
 
     def _answered(self, answer: Answer) -> list[Event]:
         one = self._forget(answer.id)
@@ -535,6 +561,8 @@ class ClientCore:
         one = self._forget(request)
         if one is None:
             return []
+        if isinstance(one.message, _SUBSCRIBES):
+            self._state_no_more(_name_of(one.message))
         match one.message:
             case RpcSubscribe():
                 self._identifiers.pop(one.message.identifier, None)
@@ -568,6 +596,19 @@ def result_or_raise(outcome: Outcome) -> bytes:
         was_raised = outcome.cause is not None or outcome.traceback.startswith("Traceback")
         raise error from RemoteError(outcome) if was_raised and not isinstance(error, RemoteError) else None
     return outcome or b""
+
+
+def _name_of(message: Request) -> object:
+    """What a subscription and its end have in common."""
+    match message:
+        case TaskSubscribe() | TaskUnsubscribe():
+            return message.queue, message.subject
+        case RpcSubscribe() | RpcUnsubscribe():
+            return message.identifier
+        case BroadcastSubscribe() | BroadcastUnsubscribe():
+            return message.subscription
+        case _:
+            raise TypeError(f"{type(message).__name__} is about no subscription")
 
 
 def _size(result: TaskResult) -> int:
