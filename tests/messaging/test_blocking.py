@@ -24,7 +24,7 @@ from prunus.errors import (
     TaskRejectedError,
     UnroutableError,
 )
-from prunus.messaging import BlockingCommunicator, Communicator, LocalBroker, connect_sync
+from prunus.messaging import BlockingCommunicator, Communicator, LocalBroker, connect_sync, handover
 from prunus.messaging.communicator import Broadcast, IncomingTask
 from prunus.messaging.peer import PeerCommunicator
 from prunus.testing.communicator_contract import ContractService
@@ -136,6 +136,28 @@ def test_a_plain_handler_may_ask(communicator: BlockingCommunicator) -> None:
     communicator.add_rpc_subscriber(lambda body: communicator.rpc_send("inner", body) + b"?", "outer")
     communicator.add_task_subscriber(lambda task: communicator.rpc_send("outer", task.body))
     assert communicator.task_send(b"x", want_result=True).result(PATIENCE_S) == b"x!?"
+
+
+def test_plain_handlers_that_wait_for_each_other(
+    communicator: BlockingCommunicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deeper than there are threads for handlers: one that waits does not count. Afterwards all count again."""
+    monkeypatch.setattr(handover, "MAX_HANDLER_THREADS", 2)
+
+    def descend(body: bytes) -> bytes:
+        depth = int(body)
+        return communicator.rpc_send("descend", b"%d" % (depth - 1)) if depth else b"the ground"
+
+    def threads(body: bytes) -> bytes:
+        job = handover.serving()
+        assert job is not None
+        assert job.limiter is not None
+        return b"%d" % job.limiter.total_tokens
+
+    communicator.add_rpc_subscriber(descend, "descend")
+    communicator.add_rpc_subscriber(threads, "threads")
+    assert communicator.rpc_send("descend", b"20") == b"the ground"
+    assert communicator.rpc_send("threads", b"") == b"2"
 
 
 def test_where_it_would_wait_for_itself_it_raises_at_once(communicator: BlockingCommunicator) -> None:

@@ -28,7 +28,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from prunus.errors import CommunicatorClosedError, ForkedProcessError
 from prunus.messaging.deliveries import BaseSubscription
-from prunus.messaging.handover import serving
+from prunus.messaging.handover import serving, waiting
 from prunus.messaging.peer import PeerCommunicator, Receipt, Taken
 
 JOIN_S = 5.0
@@ -249,7 +249,8 @@ class BlockingCommunicator:
         try:
             if self._loop.is_closed():  # and what was handed to it may never be looked at
                 raise CommunicatorClosedError
-            return future.result()
+            with waiting():
+                return future.result()
         except concurrent.futures.CancelledError:  # the loop ended meanwhile
             raise CommunicatorClosedError from None
         except BaseException:  # Ctrl-C: nobody waits for it any more

@@ -5,19 +5,21 @@ over together (`Handover`), with one wake-up. What handlers came to goes back th
 core's side looks again are seen by it at once.
 
 A handler is an ``async def`` and runs as a task of its subscriber's loop, or a plain ``def`` and runs in a worker
-thread that this loop waits for, at most `MAX_HANDLER_THREADS` at once. Both get a copy of the context in which they
+thread that this loop waits for, at most `MAX_HANDLER_THREADS` at once; one that waits for its communicator does not
+count (`waiting`), because what it waits for may have to run here. Both get a copy of the context in which they
 were subscribed. Each run ends exactly once: with a result, an error or a cancellation, also if its loop is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from contextvars import ContextVar, copy_context
 from typing import Any, ClassVar
 
@@ -29,6 +31,8 @@ from prunus.errors import PrunusError
 
 MAX_HANDLER_THREADS = 64
 """Plain ``def`` handlers that run at once for one loop; more wait for a free thread."""
+MAX_WAITING_THREADS = 1_000
+"""So many more may wait for their communicator."""
 MAX_UNHEARD_ENDS = 100
 """Handlers that nobody waits for and that have ended, before the core's side is woken for them."""
 
@@ -162,7 +166,7 @@ class Handler:
 class Job(Crossing):
     """One run of a handler."""
 
-    __slots__ = ("_argument", "_ended", "_jobs", "error", "handler", "result", "task")
+    __slots__ = ("_argument", "_ended", "_jobs", "error", "handler", "limiter", "result", "task")
 
     is_answered: ClassVar[bool] = True
     """Somebody waits for its end: the core's side hears of it at once. Else when it looks, or when many have ended."""
@@ -172,6 +176,8 @@ class Job(Crossing):
         self._jobs, self._argument = jobs, argument
         self._ended = False
         self.task: asyncio.Task[None] | None = None
+        self.limiter: CapacityLimiter | None = None
+        """Among which threads it counts, if it runs in one."""
         self.result: object = None
         self.error: BaseException | None = None
 
@@ -199,7 +205,8 @@ class Job(Crossing):
             if handler.is_async:
                 result = await handler.function(argument)
             else:
-                result = await anyio.to_thread.run_sync(handler.function, argument, limiter=_threads())
+                self.limiter = _threads()
+                result = await anyio.to_thread.run_sync(handler.function, argument, limiter=self.limiter)
                 if inspect.isawaitable(result):
                     result = await result
         except Exception as error:  # the user's handler: whatever it raised is the answer
@@ -287,6 +294,34 @@ class Jobs:
 def serving() -> Job | None:
     """The run of a handler in which the caller is, if it is in one."""
     return _SERVING.get()
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Around what the caller waits for in its thread. If that is a plain handler it does not count among the threads
+    meanwhile."""
+    job = serving()
+    if job is None or (limiter := job.limiter) is None:
+        yield
+        return
+
+    lent = 0
+
+    def lend() -> None:
+        nonlocal lent
+        lent = int(limiter.total_tokens < MAX_HANDLER_THREADS + MAX_WAITING_THREADS)
+        limiter.total_tokens += lent
+
+    def take_back() -> None:
+        limiter.total_tokens -= lent
+
+    with contextlib.suppress(RuntimeError):  # that loop is closed
+        job.handler.loop.call_soon_threadsafe(lend)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):
+            job.handler.loop.call_soon_threadsafe(take_back)
 
 
 _SERVING: ContextVar[Job | None] = ContextVar("prunus_handler", default=None)
