@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.torture.sim import messaging
+from tests.torture.sim import campaign, messaging
 from tests.torture.sim.campaign import run_found, run_seeds
 from tests.torture.sim.messaging import Settings
+from tests.torture.simulated import run_kept
 
 SEEDS = 2000
 CHUNK = 100
@@ -57,6 +59,19 @@ SOMETIMES = (
     "fault: leave",
 )
 """What must have happened in a sample of all runs: else they show nothing about it."""
+
+
+def test_a_seed_that_fails_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, with what it found; from then on it runs first."""
+    monkeypatch.setattr(campaign, "SEEDS_FILE", tmp_path / "seeds.txt")
+    campaign.SEEDS_FILE.write_text("# Seeds.\nmessaging 5 late one\n")
+    for _ in range(2):
+        campaign.keep("messaging", 5, "one")
+        campaign.keep("messaging", 6, "two\nlines")
+        campaign.keep("processes", 6, "three")
+    assert campaign.SEEDS_FILE.read_text().splitlines()[2:] == ["messaging 6 all two lines", "processes 6 all three"]
+    assert [seed for seed, _ in campaign.found_before("messaging")] == [5, 6]
+    assert run_kept(0, 0).runs == 3
 
 
 def test_seeds_that_found_something_once() -> None:

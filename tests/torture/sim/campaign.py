@@ -64,6 +64,13 @@ def found_before(world: str) -> list[tuple[int, Settings]]:
     return found
 
 
+def keep(world: str, seed: int, complaint: str) -> None:
+    """From now on it runs first."""
+    if all(seed != known for known, _ in found_before(world)):
+        with SEEDS_FILE.open("a") as file:
+            file.write(f"{world} {seed} all {' '.join(complaint.split())}\n")
+
+
 def run_found(world: str) -> Tally:
     """The seeds that have found something once."""
     tally = Tally()
@@ -112,7 +119,8 @@ def _campaign(world: str, first: int, number: int, jobs: int) -> int:
     for part in _in_parallel(chunks, jobs):
         tally.add(part)
         for seed, complaints in part.failures.items():
-            print(f"seed {seed}: {'; '.join(complaints[:3])}", flush=True)
+            keep(world, seed, complaints[0])
+            print(f"seed {seed} (kept in {SEEDS_FILE.name}): {'; '.join(complaints[:3])}", flush=True)
         if time.monotonic() - said > PROGRESS_S or tally.runs >= len(seeds):
             said = time.monotonic()
             rate = tally.runs / (said - begun)
