@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from prunus.errors import (
@@ -19,17 +20,20 @@ from prunus.errors import (
     RemoteError,
     StoreFullError,
 )
-from prunus.messaging import broker
+from prunus.messaging import broker, queues
 from prunus.messaging.access import Role
 from prunus.messaging.communicator import MAX_BODY_BYTES
 from prunus.messaging.exchange import (
     MAX_PROTOCOL_ERRORS,
+    REFUSAL_LOGGED_EACH_S,
     BrokerStoppedError,
     Exchange,
     NewBroadcast,
     NewTask,
     Served,
 )
+from prunus.messaging.inventory import MAX_HOST_CHARS, QueueLimits, fitting, shown_host
+from prunus.messaging.liveness import this_peer
 from prunus.messaging.messages import (
     FORWARD_BYTES,
     MAX_FRAME_BYTES,
@@ -48,7 +52,9 @@ from prunus.messaging.messages import (
     HelloNeeded,
     Missed,
     Peer,
+    QueueConfigure,
     Refused,
+    ResourceConfigure,
     RpcRequest,
     RpcSubscribe,
     StatisticsAsk,
@@ -698,6 +704,22 @@ def test_sessions_and_subscriptions_have_a_bound(desk: Desk, monkeypatch: pytest
         assert isinstance(desk.hello("r2", "ann", **stated)[0][1], Violation)
 
 
+def test_a_session_that_is_refused_is_counted_and_told_to_the_log(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the bound that it reached; one that says it again and again does not fill the log."""
+    monkeypatch.setattr(broker, "MAX_SESSIONS", 1)
+    desk.hello("r", "ann")
+    for number in range(5):
+        hello = Hello(session=f"s{number}", peer=Peer())
+        [(_, violation)] = desk.say((f"r{number}", hello), now=REFUSAL_LOGGED_EACH_S * number / 4)
+        assert violation == Violation(reason="the bound of 1 sessions is reached; try again when some are gone")
+    told = [(record.getMessage(), record.session) for record in caplog.records]  # type: ignore[attr-defined]
+    reason = "a session is refused: the bound of 1 sessions is reached; try again when some are gone"
+    assert told == [(reason, "s0"), (reason, "s4")]
+    assert desk.exchange.statistics().refused_connections == 5
+
+
 # --- peers that do not read ---
 
 
@@ -796,6 +818,82 @@ def test_statistics_are_told(desk: Desk) -> None:
     assert (statistics.commits, statistics.calls, statistics.protocol_errors) == (2, 1, 1)
     assert statistics.sessions["ann"].connected
     assert statistics.database_bytes > 0
+
+
+def test_statistics_fit_into_a_message_whatever_was_done() -> None:
+    """As many queues, resources and sessions as there may be, with the longest names and the largest numbers, fit both
+    into the answer to a client and, as JSON, into that of the service; and nothing is left out."""
+    core = broker.BrokerCore(2**40)
+    host = '"' * 1024
+    for number in range(broker.MAX_SESSIONS):
+        core.handle(0.0, f"{number:0200}", Hello(session=f"{number:0200}", peer=Peer(host=host, pid=2**62)))
+    assert core.refusal(Hello(session="one-more", peer=Peer())) is not None
+    ann, effects = f"{0:0200}", list[broker.Effect]()
+    limits = QueueLimits(concurrency=2**62, rate_per_s=1 / 3e-300, burst=queues.MAX_TASKS, max_length=2**62)
+    name = queues.MAX_QUEUE_NAMES_BYTES // queues.MAX_QUEUES - 2
+    for number in range(queues.MAX_QUEUES):
+        effects += core.handle(0.0, ann, QueueConfigure(id=number + 1, queue=f"{number:0{name}}", limits=limits))
+    name = queues.MAX_RESOURCE_NAMES_BYTES // queues.MAX_RESOURCES - 2
+    for number in range(queues.MAX_RESOURCES):
+        message = ResourceConfigure(id=10**6 + number, resource=f"{number:0{name}}", capacity=2**62)
+        effects += core.handle(0.0, ann, message)
+    assert all(isinstance(effect, broker.Send) and isinstance(effect.message, Done) for effect in effects)
+    large = {"credit": 2**50, "questions": 2**50, "held": 2**50, "subscriptions": 2**50, "silent_s": 1e9 / 3}
+    statistics = core.statistics(lambda session: ("controller", "k" * 64))
+    sessions = {
+        name: msgspec.structs.replace(one, **large, round_trip_s=1e9 / 7, connected=False)
+        for name, one in statistics.sessions.items()
+    }
+    for number in range(2 * broker.MAX_RETIRED):  # these may come back whatever the bound is
+        sessions[f"r{number:0199}"] = next(iter(sessions.values()))
+    places = ("ready", "delayed", "blocked", "held", "dead", "subscribers")
+    most = {
+        **dict.fromkeys(places, queues.MAX_TASKS),
+        **dict.fromkeys(("accepted", "settled", "rejected", "credit"), 2**50),
+        **dict.fromkeys(("accepted_per_s", "settled_per_s", "oldest_s"), 1e9 / 7),
+    }
+    told = msgspec.structs.replace(
+        statistics,
+        sessions=sessions,
+        queues={name: msgspec.structs.replace(one, **most) for name, one in statistics.queues.items()},
+        resources={
+            name: msgspec.structs.replace(one, taken=2**62, waiting=2**62) for name, one in statistics.resources.items()
+        },
+    )
+    assert (len(told.queues), len(told.resources)) == (queues.MAX_QUEUES, queues.MAX_RESOURCES)
+    assert fitting(told) is told
+    assert len(encode(StatisticsTold(id=2**62, statistics=told))) < MAX_FRAME_BYTES
+    assert len(encode(CallDone(id=2**62, answers=(msgspec.json.encode(told),)))) < MAX_FRAME_BYTES
+
+
+def test_if_statistics_do_not_fit_the_empty_is_left_out_first(desk: Desk) -> None:
+    """A broker may have more than there may be, by what was stored; then what is left out is counted."""
+    desk.hello("r", "ann")
+    desk.say(*(("r", TaskSend(id=1 + n, task=f"t{n}", body=b"", queue=f"q{n}")) for n in range(9)))
+    desk.say(("r", TaskSend(id=10, task="more", body=b"", queue="q8")))
+    desk.say(("r", TaskEdit(id=11, action="delete", tasks=("t0", "t1", "t2"))))
+    desk.say(("r", ResourceConfigure(id=12, resource="gpu", capacity=1)))
+    whole = desk.exchange.statistics()
+    assert (len(whole.queues), whole.left_out) == (9, 0)
+    size = len(msgspec.json.encode(whole))
+    for max_bytes in (size, size - 1, size * 3 // 4, size // 2, size // 3, 0):
+        part = fitting(whole, max_bytes)
+        assert part.left_out == 9 + 1 + 1 - len(part.queues) - len(part.resources) - len(part.sessions)
+        assert len(msgspec.json.encode(part)) <= max(max_bytes, 1000)
+        if max_bytes == size - 1:
+            assert {f"q{n}" for n in range(3, 9)} <= set(part.queues) < set(whole.queues)
+            assert (part.sessions, part.resources) == (whole.sessions, whole.resources)
+        elif max_bytes == size // 2:
+            assert next(iter(part.queues)) == "q8", "the fullest is first"
+            assert set(part.queues) < {f"q{n}" for n in range(3, 9)}
+            assert set(part.sessions) == {"ann"}
+
+
+def test_the_name_of_a_host_is_shown_if_it_is_one() -> None:
+    """Whole, as `liveness` says it; a peer may say what it likes."""
+    assert shown_host(this_peer().host) == this_peer().host
+    assert shown_host("x" * 100) == "x" * MAX_HOST_CHARS
+    assert shown_host("a\0") == shown_host("ü") == ""
 
 
 def test_delays_follow_the_wall_clock(path: Path) -> None:

@@ -32,6 +32,8 @@ from prunus.messaging.messages import (
     TaskStored,
     TaskSubscribe,
     TaskUnsubscribe,
+    Violation,
+    Welcome,
 )
 from prunus.messaging.queues import MAX_BACK_OFF_S, MAX_DEPTH, depth_of, needs_of, priority_of, urgency_of
 from prunus.messaging.taskstore import TaskStore
@@ -317,7 +319,8 @@ def test_a_second_task_of_a_key_joins_the_pending_one(floor: Floor) -> None:
 
 
 def test_a_later_task_replaces_the_pending_one(floor: Floor) -> None:
-    """It takes over its place and priority; who waits for the old one is told, until he has seen it."""
+    """It takes over its place and priority, whatever its own is; who waits for the old one is told, until he has seen
+    it."""
     floor.add("first", priority=3)
     floor.add("old", key="k", priority=3, want_result=True)
     floor.add("last", priority=3)
@@ -587,6 +590,28 @@ def test_rate_of_a_queue(floor: Floor) -> None:
     assert len([task for task in floor.tasks("held") if task.startswith("u")]) == 3
 
 
+def test_a_change_of_limits_gives_no_deliveries_away(floor: Floor) -> None:
+    """What may be given at once is what was left, up to the new burst; only a first rate begins with all of it."""
+    floor.worker("bob", 99)
+    floor.limit(concurrency=50)
+    floor.pass_time(10.0)
+    floor.limit(rate_per_s=0.1, burst=5)
+    for number in range(30):
+        floor.add(f"t{number}")
+    assert len(floor.tasks("held")) == 5
+    assert floor.given(floor.limit(rate_per_s=0.1, burst=5, max_length=100)) == []
+    assert floor.given(floor.limit(rate_per_s=0.1, burst=9)) == []
+    assert len(floor.given(floor.pass_time(10.0))) == 1
+    floor.pass_time(5.0)
+    assert floor.given(floor.limit(rate_per_s=0.5, burst=9)) == [], "half a token was there, and stays"
+    assert len(floor.given(floor.pass_time(1.0))) == 1
+    floor.limit(rate_per_s=0.5, burst=9, concurrency=0)
+    floor.pass_time(60.0)
+    assert len(floor.given(floor.limit(rate_per_s=0.5, burst=2))) == 2, "nine were there, two are allowed"
+    floor.limit()
+    assert len(floor.tasks("held")) == 30
+
+
 def test_length_of_a_queue(floor: Floor) -> None:
     """Too much is refused to its sender alone; what joins, what replaces and what is dead does not count."""
     floor.limit(max_length=2)
@@ -771,6 +796,86 @@ def test_queues_and_resources_have_a_bound(floor: Floor, monkeypatch: pytest.Mon
         assert configure("a") == [("ann", Done(id=floor.requests))]
         assert configure("a") == [("ann", Done(id=floor.requests))]
         assert isinstance(refusal(configure("b")), BusyError)
+
+
+def test_the_number_of_queues_has_a_bound(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more is refused to whoever sends to it, subscribes to it or configures it; all others go on, and what nobody
+    uses makes room."""
+    floor.add("a", queue="a")
+    floor.worker("bob", 1, queue="b")
+    floor.limit("c", concurrency=1)
+    monkeypatch.setattr(queues, "MAX_QUEUES", 3)
+    floor.changes()
+    for said in (
+        floor.add("d", queue="d"),
+        floor.say("bob", TaskSubscribe(id=floor.next(), queue="d", credit=1)),
+        floor.limit("d", concurrency=1),
+    ):
+        error = refusal(said)
+        assert isinstance(error, BusyError)
+        assert "'d' would be too many: the broker has 3 (up to 3)" in error.reason
+    for stated in ({"queues": (("a", 1), ("d", 1))}, {"filtered": (("d", "s", 1),)}):
+        [(_, violation)] = floor.hello("cat", **stated)
+        assert isinstance(violation, Violation)
+        assert "'d' would be too many" in violation.reason
+    assert not floor.changes()
+    assert "cat" not in floor.core.sessions()
+    assert sorted(floor.core.statistics().queues) == ["a", "b", "c"]
+    for queue in "abc":
+        assert isinstance(floor.add(f"{queue}2", queue=queue)[0][1], TaskStored)
+    assert isinstance(floor.hello("cat", queues=(("c", 1),))[0][1], Welcome)
+    floor.edit("delete", "a", "a2")
+    floor.pass_time(0.1)
+    assert isinstance(floor.add("d", queue="d")[0][1], TaskStored)
+    assert sorted(floor.core.statistics().queues) == ["b", "c", "d"]
+    floor.take(floor.core.put("broker:own", "e", None, b"", 0))
+    assert "broker:own" in floor.tasks("ready"), "the broker's own tasks are never refused"
+    with pytest.raises(BusyError):
+        floor.core.check_room("f", ())
+
+
+def test_the_names_of_queues_have_a_bound(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all together, as they are written in JSON; what is forgotten does not count any more."""
+    monkeypatch.setattr(queues, "MAX_QUEUE_NAMES_BYTES", 100)
+    assert isinstance(floor.add("a", queue="a" * 60)[0][1], TaskStored)
+    assert isinstance(refusal(floor.add("b", queue="b" * 60)), BusyError)
+    assert isinstance(refusal(floor.add("c", queue="\0" * 10)), BusyError)
+    assert isinstance(floor.add("d", queue="d" * 10)[0][1], TaskStored)
+    for number in range(5):
+        floor.edit("delete", *floor.tasks())
+        floor.pass_time(0.1)
+        assert isinstance(floor.add(f"e{number}", queue=str(number) * 98)[0][1], TaskStored)
+
+
+def test_more_queues_than_there_may_be_are_served_after_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with tasks and limits are stored; who was here gets its subscriptions again; others get no new ones."""
+    floor = Floor()
+    floor.hello("bob")
+    for number in range(3):
+        floor.add(f"t{number}", queue=f"q{number}")
+        floor.limit(f"l{number}", concurrency=1)
+    changes = floor.changes()
+    monkeypatch.setattr(queues, "MAX_QUEUES", 1)
+    monkeypatch.setattr(queues, "MAX_CONFIGURED_QUEUES", 1)
+    for task in changes.tasks:
+        task.place = ""
+    sessions = tuple((name, peer) for name, peer in changes.sessions.items() if peer is not None)
+    again = Floor(broker.StoredState(tasks=changes.tasks, sessions=sessions, limits=changes.limits), EPOCH + 1)
+    assert len(again.core.statistics().queues) == 6
+    given = again.given(again.hello("bob", queues=(("q0", 1), ("q1", 1), ("q2", 1), ("mine", 1))))
+    assert sorted(given) == [("bob", "t0"), ("bob", "t1"), ("bob", "t2")]
+    assert again.given(again.add("m", queue="mine")) == [("bob", "m")]
+    assert isinstance(refusal(again.add("new", queue="new")), BusyError)
+    assert again.limit("l0", concurrency=2) == [("ann", Done(id=again.requests))]
+    assert isinstance(again.hello("cat", queues=(("new", 1),))[0][1], Violation)
+
+
+def test_the_names_of_resources_have_a_bound(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all together; those that are there can be changed."""
+    monkeypatch.setattr(queues, "MAX_RESOURCE_NAMES_BYTES", 10)
+    assert floor.tokens("gpu", 1) == [("ann", Done(id=floor.requests))]
+    assert isinstance(refusal(floor.tokens("licence", 1)), BusyError)
+    assert floor.tokens("gpu", 2) == [("ann", Done(id=floor.requests))]
 
 
 def test_queues_that_nobody_uses_are_forgotten(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The command line as people and scripts use it: what it prints where, and its exit codes."""
 
+import inspect
 import json
 import os
 import re
@@ -163,6 +164,53 @@ def test_a_command_that_is_written_wrongly_is_a_usage_error(shell: Shell) -> Non
         (["lsit"], "No such command 'lsit'"),
     ]:
         assert complaint in shell.error(*words, code=2)
+
+
+OF_THIS_HOST = (
+    *(f"daemon {name}" for name in ("start", "run", "stop", "restart", "reload", "status", "scale 2", "logs", "unit")),
+    *("key add x --role viewer", "key list", "key revoke x"),
+    *("broker run", "broker backup x.db", "broker restore x.db", "broker vacuum"),
+    *("init", "init --profile ./other", "doctor", "doctor --fix"),
+)
+
+
+@pytest.mark.parametrize("words", OF_THIS_HOST)
+def test_a_key_is_never_ignored(shell: Shell, words: str) -> None:
+    """What is about a profile of this host refuses a key, says which profile it would have been, and touches none."""
+    shell("init", "-w", "1")
+    before = {file: file.stat().st_mtime_ns for file in shell.folder.rglob("*") if file.is_file()}
+    for line in (["--key", "some.key", *words.split()], [*words.split(), "--key", "some.key"]):
+        said = shell.error(*line, code=2)
+        assert f"is about a profile of the host on which it runs (here {shell.folder / '.prunus'})" in said
+        assert "run it on the broker's own host" in said
+        assert "not with --key" in said
+    assert {file: file.stat().st_mtime_ns for file in shell.folder.rglob("*") if file.is_file()} == before
+
+
+def test_a_key_is_refused_where_there_is_no_profile(shell: Shell) -> None:
+    """It is the key that is wrong there, not the lack of a profile."""
+    assert "`prunus daemon stop` is about a profile" in shell.error("daemon", "stop", "--key", "some.key", code=2)
+
+
+def test_which_commands_are_about_a_profile_of_this_host() -> None:
+    """Those that ask for it are those that are tested to refuse a key."""
+
+    def leaves(group: click.Group, path: str) -> Iterator[tuple[str, click.Command]]:
+        for name, command in group.commands.items():
+            if isinstance(command, click.Group):
+                yield from leaves(command, f"{path}{name} ")
+            else:
+                yield f"{path}{name}", command
+
+    asking = {
+        path
+        for path, command in leaves(cli, "")
+        if command.callback is not None and re.search(r"find_profile|refuse_key", inspect.getsource(command.callback))
+    }
+    asking.remove("worker")  # which takes either
+    assert asking == {
+        path for path in dict(leaves(cli, "")) if any(f"{each} ".startswith(f"{path} ") for each in OF_THIS_HOST)
+    }
 
 
 def test_a_wrong_configuration_is_said_by_everybody(shell: Shell) -> None:

@@ -9,8 +9,11 @@ import os
 import pty
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
@@ -22,6 +25,7 @@ import pytest
 
 from prunus.errors import TaskRejectedError
 from prunus.messaging.communicator import Communicator, IncomingTask
+from prunus.runtime.cli.broker import HTTP_TIMEOUT_S
 from prunus.runtime.controller import connect
 from prunus.runtime.profile import Profile
 from tests.runtime.shell import PROJECT, Shell, daemon_in, said_by
@@ -216,6 +220,51 @@ def test_nothing_is_changed_by_a_slip(live: Shell, words: tuple[str, ...], says:
         assert says in live.error("tasks", command, *words, code=2)
 
 
+def test_why_nothing_was_done_to_a_task(live: Shell, queue: str) -> None:
+    """Of each task that was named and is as it was, the reason is said, and the exit code is 1; the rest is done."""
+    ready, dead, last = send(live, queue, b"x", b"y", b"z")
+    [old] = send(live, queue, b"k", key="the key")
+    live("tasks", "bury", dead, old)
+    [new] = send(live, queue, b"k", key="the key")
+    for words, done, why in (
+        (("requeue", ready), "requeued", "it is ready already"),
+        (
+            ("requeue", old),
+            "requeued",
+            "another task with its key the key is pending; `prunus tasks --task-key 'the key'`",
+        ),
+        (("bury", dead), "buried", "it is a dead letter already"),
+        (("bury", "nonsense"), "buried", "there is no such task"),
+    ):
+        ended = live("tasks", *words, code=1)
+        assert ended.stdout == f"{done}: 0 tasks\n"
+        assert ended.stderr.startswith(f"Error: {words[1]}: {why}")
+        assert ended.stderr.count("\n") == 1
+    ended = live("tasks", "requeue", ready, dead, dead, code=1)
+    assert (ended.stdout, ended.stderr.count("Error: ")) == ("requeued: 1 task\n", 1)
+    live("tasks", "bury", last, new)
+    assert live("tasks", "requeue", old).stdout == "requeued: 1 task\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("tasks", "list", "NAME"),
+        ("tasks", "--task-key", "NAME"),
+        ("tasks", "show", "NAME"),
+        ("tasks", "purge", "--yes", "NAME"),
+        ("tasks", "requeue", "NAME"),
+        ("broker", "limit", "NAME", "--burst", "2"),
+        ("broker", "resource", "NAME", "2"),
+    ],
+)
+def test_a_name_that_is_too_long(live: Shell, words: tuple[str, ...]) -> None:
+    """A sentence that says how long a name may be, and that is no fault of the program."""
+    said = live.error(*("x" * 1025 if word == "NAME" else word for word in words))
+    assert said.startswith("Error: a name is a text of up to 1024 characters")
+    assert "should not happen" not in said
+
+
 def test_what_is_for_good_is_asked_for(live: Shell, queue: str) -> None:
     """On a terminal; where nobody can be asked, --yes has to be there."""
     send(live, queue, b"x", b"y")
@@ -316,6 +365,97 @@ def test_a_queue_is_limited_while_it_works(live: Shell, queue: str) -> None:
     }
     assert live("broker", "resource", "licence", "1").stdout == "licence: 1 token\n"
     assert "no task may ask for it" in live("broker", "resource", "licence", "none").stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("limit", "q", "--concurrency", "N"),
+        ("limit", "q", "--max-length", "N"),
+        ("limit", "q", "--burst", "N"),
+        ("resource", "gpu", "N"),
+    ],
+)
+@pytest.mark.parametrize("number", [str(2**63), "9" * 23, "9" * 5000])
+def test_numbers_that_no_message_can_have(tmp_path: Path, words: tuple[str, ...], number: str) -> None:
+    """A usage error names the bound."""
+    said = Shell(tmp_path).error("broker", *(number if word == "N" else word for word in words), code=2)
+    assert re.search(r" is not a number from [01] on, below 2\*\*63", said)
+    assert len(said) < 400
+
+
+def test_the_largest_number(live: Shell, queue: str) -> None:
+    """It is taken."""
+    most = str(2**63 - 1)
+    limits = json.loads(live("broker", "limit", queue, f"--concurrency={most}", "--json").stdout)
+    assert limits["concurrency"] == 2**63 - 1
+    assert "below 2**63" in live.error("launch", "--resource", f"gpu={2**63}", "a:B", code=2)
+    assert "below 2**63" in live.error("launch", "--resource", f"gpu={'9' * 5000}", "a:B", code=2)
+    assert "must be from 1 to " in live.error("broker", "limit", queue, f"--burst={most}")
+
+
+def test_a_name_that_is_empty(tmp_path: Path) -> None:
+    """No queue and no resource is called so."""
+    for words in (("limit", "", "--burst", "2"), ("resource", "", "1")):
+        assert "not an empty text" in Shell(tmp_path).error("broker", *words, code=2)
+
+
+def test_a_place_that_is_taken(live: Shell) -> None:
+    """Numbers can't be served there: the sentence names it, and what to do."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        place = f"127.0.0.1:{other.getsockname()[1]}"
+        said = live.error("broker", "metrics", "--serve", place)
+    assert f"can't listen at {place}: another program does: stop that one, or say another port" in said
+
+
+@pytest.fixture
+def served(live: Shell) -> Iterator[int]:
+    """The port at which numbers are served; nothing is said there that nobody asked for."""
+    with live.begin("broker", "metrics", "--serve", "127.0.0.1:0") as process:
+        assert process.stderr is not None
+        found = re.match(r"http://127.0.0.1:(\d+)/metrics ", process.stderr.readline())
+        assert found
+        yield int(found[1])
+        process.send_signal(signal.SIGINT)
+        _, said = said_by(process)
+        assert (process.returncode, said) == (130, "")
+
+
+def test_a_slow_scraper_keeps_nobody_waiting(served: int) -> None:
+    """The next one is answered while it still says its question."""
+    with socket.create_connection(("127.0.0.1", served)) as slow:
+        slow.sendall(b"GET /met")
+        begun = time.monotonic()
+        with urllib.request.urlopen(f"http://127.0.0.1:{served}/metrics", timeout=10) as answer:
+            assert answer.status == 200
+        assert time.monotonic() < begun + HTTP_TIMEOUT_S
+
+
+def test_a_scraper_that_leaves(served: int) -> None:
+    """Nothing is said of it (see the fixture), and the next one is answered."""
+    for _ in range(5):
+        with socket.create_connection(("127.0.0.1", served)) as hasty:
+            hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, no farewell
+            hasty.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+    with urllib.request.urlopen(f"http://127.0.0.1:{served}/metrics", timeout=10) as answer:
+        assert answer.status == 200
+
+
+def test_numbers_of_a_broker_that_says_nothing(live: Shell, served: int) -> None:
+    """503 with a reason, soon; and the numbers as soon as it speaks again."""
+    broker = json.loads(live("broker", "status", "--json").stdout)["pid"]
+    os.kill(broker, signal.SIGSTOP)
+    try:
+        begun = time.monotonic()
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"http://127.0.0.1:{served}/metrics", timeout=20)
+        assert time.monotonic() < begun + 4
+        with caught.value as answer:
+            assert (answer.code, answer.read()) == (503, b"the broker did not answer within 2 s\n")
+    finally:
+        os.kill(broker, signal.SIGCONT)
+    with urllib.request.urlopen(f"http://127.0.0.1:{served}/metrics", timeout=20) as answer:
+        assert answer.status == 200
 
 
 def test_numbers_for_prometheus(live: Shell, queue: str) -> None:

@@ -11,7 +11,7 @@ import re
 import msgspec
 import pytest
 
-from prunus.messaging.inventory import QueueStatistics
+from prunus.messaging.inventory import QueueLimits, QueueStatistics, SessionStatistics
 from prunus.runtime.backend import BrokerStatus
 from prunus.runtime.metrics import as_prometheus
 from tests.runtime.brokers import session, status
@@ -74,6 +74,7 @@ def test_all_numbers_are_there() -> None:
         "prunus_queue_limit_concurrency": 8,
         "prunus_queue_limit_rate_per_s": 2.5,
         "prunus_queue_limit_max_length": 10_000,
+        "prunus_queue_limit_burst": 3,
     }.items():
         assert samples[name, render] == value, name
     assert samples["prunus_broker_uptime_seconds", ()] == 3700
@@ -101,12 +102,29 @@ def test_no_number_is_forgotten() -> None:
         if field.type in (int, float, bool) and field.name != "pid":
             changed = msgspec.structs.replace(status(), **{field.name: 77_777_777})
             assert as_prometheus(changed) != plain, field.name
+    for field in msgspec.structs.fields(SessionStatistics):
+        if field.type in (int, float, float | None):
+            changed = {"s": msgspec.structs.replace(session(), **{field.name: 77_777_777})}
+            if field.name != "pid":
+                assert as_prometheus(status(sessions=changed)) != as_prometheus(status(sessions={"s": session()})), (
+                    field
+                )
+    for field in msgspec.structs.fields(QueueLimits):
+        limits = msgspec.structs.replace(QueueLimits(rate_per_s=1.0), **{field.name: 77_777_777})
+        queues = [{"q": QueueStatistics(limits=each)} for each in (QueueLimits(rate_per_s=1.0), limits)]
+        assert as_prometheus(status(queues=queues[0])) != as_prometheus(status(queues=queues[1])), field.name
     for field in msgspec.structs.fields(QueueStatistics):
         if field.name not in ("limits", "accepted_per_s", "settled_per_s"):  # rates are made of the totals
             queue = msgspec.structs.replace(status().queues["render"], **{field.name: 77_777_777})
             assert as_prometheus(status(queues={"render": queue, "mail": QueueStatistics(ready=1)})) != plain, (
                 field.name
             )
+
+
+def test_refused_connections_are_not_only_those_with_a_wrong_key() -> None:
+    """The help text says what is counted: everybody who was refused or hung up on."""
+    [line] = [line for line in as_prometheus(status()).split("\n") if line.startswith("# HELP prunus_broker_refused_c")]
+    assert "too many" in line
 
 
 def test_what_is_not_known_is_left_out() -> None:

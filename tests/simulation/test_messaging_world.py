@@ -71,7 +71,7 @@ def test_a_seed_that_fails_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         campaign.keep("processes", 6, "three")
     assert campaign.SEEDS_FILE.read_text().splitlines()[2:] == ["messaging 6 all two lines", "processes 6 all three"]
     assert [seed for seed, _ in campaign.found_before("messaging")] == [5, 6]
-    assert run_kept(0, 0).runs == 3
+    assert run_kept(0, 0).done == 3
 
 
 def test_seeds_that_found_something_once() -> None:

@@ -43,7 +43,7 @@ from prunus.errors import (
     StoreFullError,
     UnroutableError,
 )
-from prunus.messaging.inventory import QueueLimits, SessionStatistics, Statistics, TaskInfo
+from prunus.messaging.inventory import QueueLimits, SessionStatistics, Statistics, TaskInfo, shown_host
 from prunus.messaging.messages import (
     LEASE_S,
     Alive,
@@ -295,7 +295,7 @@ class BrokerCore:
             if not hmac.compare_digest(client.secret, _digest(hello.secret)):
                 return f"the session {hello.session!r} belongs to somebody else; choose another name"
         elif hello.session not in self._sessions and len(self._sessions) >= MAX_SESSIONS:
-            return f"{MAX_SESSIONS:,} sessions are known already; try again when some are gone"
+            return f"the bound of {MAX_SESSIONS:,} sessions is reached; try again when some are gone"
         for what, number, limit in (
             ("task subscriptions", len(hello.queues) + len(hello.filtered), MAX_TASK_SUBSCRIPTIONS),
             ("broadcast subscriptions", len(hello.patterns), MAX_PATTERNS),
@@ -303,6 +303,11 @@ class BrokerCore:
         ):
             if number > limit:
                 return f"{number:,} {what} are over the limit of {limit:,}"
+        if hello.session not in self._awaited:  # who was here before the restart gets back what it had
+            try:
+                self._queues.check_queues((*(one[0] for one in hello.queues), *(one[0] for one in hello.filtered)))
+            except BusyError as error:
+                return error.reason
         return None
 
     def tick(self, now: float) -> list[Effect]:
@@ -473,7 +478,7 @@ class BrokerCore:
             subscriptions = len(self._queues.subscriptions(name)) + len(known.patterns) + len(known.identifiers)
             sessions[name] = SessionStatistics(
                 connected=known.connected,
-                host=known.peer.host,
+                host=shown_host(known.peer.host),
                 pid=known.peer.pid,
                 role=role,
                 key=key,
@@ -531,6 +536,11 @@ class BrokerCore:
                 if (message.queue, message.subject) not in subscriptions and self._over(
                     session, message.id, "task subscriptions", len(subscriptions), MAX_TASK_SUBSCRIPTIONS
                 ):
+                    return
+                try:
+                    self._queues.check_queues((message.queue,))
+                except BusyError as error:
+                    self._send(session, _refused(message.id, error))
                     return
                 self._queues.subscribe(session, message.queue, message.subject, message.credit, shared=message.shared)
                 self._send(session, Done(id=message.id))

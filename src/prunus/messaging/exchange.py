@@ -40,7 +40,7 @@ from prunus.messaging.access import OWNER, Principal, Role, reduced, what, who_m
 from prunus.messaging.blobs import BlobStore
 from prunus.messaging.broker import OWN_TASKS, BrokerCore, Came, Describe, Effect, Left, Show
 from prunus.messaging.communicator import MAX_BODY_BYTES
-from prunus.messaging.inventory import Statistics, TaskInfo
+from prunus.messaging.inventory import Statistics, TaskInfo, fitting
 from prunus.messaging.messages import (
     LEASE_S,
     BlobGet,
@@ -72,6 +72,8 @@ MAX_OFFENDERS = 1000
 """How many connections that sent nonsense are remembered."""
 MAX_UNKNOWN = 1000
 """So many resources that tasks of the broker's own wait for in vain are told to the log, each once."""
+REFUSAL_LOGGED_EACH_S = 5.0
+"""Of the sessions that are refused the log tells one in so much time; all are counted."""
 MAX_PARTS_BYTES = 8 * 1024 * 1024
 """What one session gets of blobs in one batch; then it gets none, and asks again."""
 
@@ -189,7 +191,9 @@ class Exchange(Generic[Route]):
         self.is_stuck: Callable[[Route], bool] = lambda route: False
         """Whether a connection should get no more of what can be refused or dropped: its peer does not read."""
         self.refused_connections = 0
-        """Counted by the server."""
+        """Counted by the server; those whose `Hello` is refused are counted here."""
+        self._refusal_due = -math.inf
+        """When the log may speak of a refused session again."""
         self._refuse_changes: str | None = None
         self._routes: dict[str, Route] = {}
         self._sessions: dict[Route, str] = {}
@@ -344,10 +348,10 @@ class Exchange(Generic[Route]):
         return self._core.own_tasks(limit)
 
     def statistics(self) -> Statistics:
-        """Queues, resources, sessions and counts, as they are now."""
+        """Queues, resources, sessions and counts, as they are now; as much of it as fits into a message."""
         [[pages]] = self._connection.execute("PRAGMA page_count").fetchall()
         [[page_bytes]] = self._connection.execute("PRAGMA page_size").fetchall()
-        return msgspec.structs.replace(
+        statistics = msgspec.structs.replace(
             self._core.statistics(self._who),
             frames=self._frames,
             commits=self._commits,
@@ -357,6 +361,7 @@ class Exchange(Generic[Route]):
             not_permitted=self._not_permitted,
             database_bytes=pages * page_bytes,
         )
+        return fitting(statistics)
 
     # --- the barrier ---
 
@@ -549,7 +554,7 @@ class Exchange(Generic[Route]):
         if isinstance(message, Hello):
             message = reduced(principal.role, message)
             if (reason := self._core.refusal(message)) is not None:
-                self._sends.append((route, self._frame(Violation(reason=reason))))
+                self._refuse(now, route, message.session, reason)
                 return
             if not self._bind(route, message.session, principal):
                 return
@@ -564,6 +569,14 @@ class Exchange(Generic[Route]):
             self._blob(now, session, message)
         else:
             self._apply(self._core.handle(now, session, message))
+
+    def _refuse(self, now: float, route: Route, session: str, reason: str) -> None:
+        """Say no to a `Hello`. The log is not filled by one who says it again and again."""
+        self.refused_connections += 1
+        if now >= self._refusal_due:
+            self._refusal_due = now + REFUSAL_LOGGED_EACH_S
+            logger.warning("a session is refused: %s", reason, extra={"session": session})
+        self._sends.append((route, self._frame(Violation(reason=reason))))
 
     def _not_allowed(self, route: Route, principal: Principal, message: ClientMessage) -> None:
         self._not_permitted += 1

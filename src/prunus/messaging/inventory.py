@@ -1,16 +1,25 @@
 """What a broker has in hand, as data: tasks, queues, resources, sessions. For people, for metrics and for tests.
 
 All of it is a view: nothing is decided by it. Times in seconds; wall-clock times since 1970.
+
+Statistics fit into one message, also as JSON: the bounds of queues, resources and sessions see to that. If a broker has
+more all the same (it takes over whatever was stored), the least important entries are left out and counted.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, TypeVar
 
 import msgspec
 
 MAX_LISTED = 1000
 """Tasks in one answer to a question for tasks."""
+
+MAX_STATISTICS_BYTES = 16 * 1024 * 1024
+"""Statistics as JSON are not longer; with what a broker adds to them they fit into a message."""
+MAX_HOST_CHARS = 64
+"""Of the name of a host. What `liveness` says has less."""
 
 TaskPlace = Literal["ready", "delayed", "blocked", "held", "dead", "settled"]
 """Where a task is.
@@ -24,6 +33,9 @@ dead         a dead letter: expired, out of attempts, or buried by hand; it stay
 settled      done; somebody has not yet fetched its result
 ===========  =====================================================================================
 """
+
+
+_Entry = TypeVar("_Entry")
 
 
 class QueueLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,8 +157,53 @@ class Statistics(msgspec.Struct, frozen=True, kw_only=True):
     calls: int = 0
     protocol_errors: int = 0
     refused_connections: int = 0
-    """Connections with an unknown or revoked key."""
+    """Connections with an unknown or revoked key, connections over the bound, and sessions that were refused."""
     broadcasts_missed: int = 0
     database_bytes: int = 0
     not_permitted: int = 0
     """Messages that the role of their key does not allow."""
+    left_out: int = 0
+    """Queues, resources and sessions for which there is no room in `MAX_STATISTICS_BYTES`."""
+
+
+def shown_host(host: str) -> str:
+    """The name of a host as statistics say it: one that is too long or not plain is cut, or empty."""
+    host = host[:MAX_HOST_CHARS]
+    return host if host.isascii() and host.isprintable() else ""
+
+
+def fitting(statistics: Statistics, max_bytes: int = MAX_STATISTICS_BYTES) -> Statistics:
+    """As much of it as fits into `max_bytes` of JSON: sessions first, then resources that are configured, then queues
+    with something in them, the fullest first, and at last what is empty."""
+    if len(msgspec.json.encode(statistics)) <= max_bytes:
+        return statistics
+    sessions: dict[str, SessionStatistics] = {}
+    resources: dict[str, ResourceStatistics] = {}
+    queues: dict[str, QueueStatistics] = {}
+    rest = msgspec.structs.replace(statistics, queues=queues, resources=resources, sessions=sessions, left_out=2**60)
+    left_out, room = 0, max_bytes - len(msgspec.json.encode(rest))
+
+    def take(kept: dict[str, _Entry], entries: Iterable[tuple[str, _Entry]]) -> None:
+        nonlocal left_out, room
+        for name, entry in entries:
+            size = len(msgspec.json.encode({name: entry}))  # its braces are as long as a comma, and more
+            if size <= room:
+                kept[name] = entry
+                room -= size
+            else:
+                left_out += 1
+
+    by_weight = sorted(statistics.queues.items(), key=lambda item: -_weight(item[1]))
+    full = [item for item in by_weight if _weight(item[1])]
+    take(sessions, statistics.sessions.items())
+    take(resources, (item for item in statistics.resources.items() if item[1].capacity is not None))
+    take(queues, full)
+    take(resources, (item for item in statistics.resources.items() if item[1].capacity is None))
+    take(queues, by_weight[len(full) :])
+    return msgspec.structs.replace(rest, left_out=left_out)
+
+
+def _weight(queue: QueueStatistics) -> int:
+    """How much there is in it."""
+    tasks = queue.ready + queue.delayed + queue.blocked + queue.held + queue.dead
+    return tasks + queue.subscribers + (queue.limits != QueueLimits())

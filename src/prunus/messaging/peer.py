@@ -576,7 +576,7 @@ class PeerCommunicator(ABC):
                 if event.again:
                     self._deliveries.tell_reconnected()
             case Violation():
-                logger.error("the broker does not understand us; use the same Prunus", extra={"reason": event.reason})
+                logger.error("the broker refused what this client said: %s", event.reason)
             case Reconnect():
                 return event.reason
             case _:

@@ -58,12 +58,19 @@ MAX_NEEDS = 256
 """Different sets of tokens that tasks of one queue ask for; more are refused with `BusyError`."""
 MAX_RESOURCES = 1_000
 """Resources that can be configured."""
+MAX_RESOURCE_NAMES_BYTES = 512 * 1024
+"""Of all their names together, as JSON says them. With the bounds of queues and sessions this is what makes statistics
+fit into a message (`inventory.MAX_STATISTICS_BYTES`)."""
+MAX_QUEUES = 10_000
+"""Whoever wants one more gets `BusyError`. The broker's own tasks and what was stored get theirs in any case."""
+MAX_QUEUE_NAMES_BYTES = 2 * 1024 * 1024
+"""Of all their names together, as JSON says them; what would be more is refused with `BusyError`."""
 MAX_CONFIGURED_QUEUES = 10_000
 """Queues that can have limits."""
 MAX_IDLE_LANES = 64
 """Empty lanes of a queue that are kept for the next task."""
 MAX_IDLE_QUEUES = 1_000
-"""Queues without tasks, subscribers and limits whose counts are kept."""
+"""Queues without tasks, subscribers and limits whose counts are kept. With `MAX_QUEUES` all of them make room."""
 MAX_DEPTH = 255
 """A task that is deeper counts as if it were so deep."""
 MAX_REASON_CHARS = 2_000
@@ -181,6 +188,9 @@ class TaskQueues:
         self._tasks: dict[str, Task] = {}
         self._changes: list[Task] = []
         self._queues: dict[str, _Queue] = {}
+        self._queue_names_bytes = 0
+        self._looked_for_idle_at = -math.inf
+        """The `now` at which idle queues made room: looking at all queues for each of many refused tasks takes time."""
         self._awake: dict[str, _Queue] = {}
         self._members: dict[str, _Member] = {}
         self._held_keys: dict[str, Task] = {}
@@ -223,7 +233,9 @@ class TaskQueues:
             self._drop_subscriber(subscriber)
 
     def subscribe(self, session: str, queue: str, pattern: str | None, credit: int, *, shared: bool = False) -> None:
-        """From now on it holds at most `credit` tasks for this subscription; `shared`: for all of its shared ones."""
+        """From now on it holds at most `credit` tasks for this subscription; `shared`: for all of its shared ones.
+
+        The queue is made if it is not there: `check_queues` says whether it should be."""
         member = self._members[session]
         subscriber = member.subscribers.get((queue, pattern))
         if subscriber is None:
@@ -290,6 +302,7 @@ class TaskQueues:
             raise BusyError(f"the broker has {MAX_TASKS:,} tasks already; try again when some are done")
         found = self._queues.get(queue)
         if found is None:
+            self.check_queues((queue,))
             return
         limit = found.limits.max_length
         if new and limit is not None and found.length() >= limit:
@@ -302,6 +315,24 @@ class TaskQueues:
             raise BusyError(f"tasks with {MAX_LANES:,} different subjects wait in the queue {queue!r}; try again later")
         if needs not in found.needs and len(found.needs) >= MAX_NEEDS and not self._drop_idle_lanes(found):
             raise BusyError(f"tasks of the queue {queue!r} need {MAX_NEEDS:,} different sets of resources already")
+
+    def check_queues(self, names: Iterable[str]) -> None:
+        """Raise `BusyError` if those of `names` that are not there would be too many queues. Idle ones make room."""
+        wanted = dict.fromkeys(names)
+        if self._has_room_for_queues(wanted):
+            return
+        if self._looked_for_idle_at < self.now:
+            self._looked_for_idle_at = self.now
+            for name in self._idle_queues():
+                self._drop_queue(name)
+            if self._has_room_for_queues(wanted):
+                return
+        new = next(name for name in wanted if name not in self._queues)
+        raise BusyError(
+            f"the queue {new!r:.100} would be too many: the broker has {len(self._queues):,} (up to {MAX_QUEUES:,}), "
+            f"with {self._queue_names_bytes:,} bytes of names (up to {MAX_QUEUE_NAMES_BYTES:,}); "
+            "use one of these, or try again when some have no tasks, subscribers and limits any more"
+        )
 
     def check_needs(self, needs: Needs) -> None:
         """Raise `UnknownResourceError` if a task with these needs would wait until somebody configures a resource."""
@@ -331,7 +362,7 @@ class TaskQueues:
         size: int | None = None,
     ) -> Task:
         """A new task, whose body may be a blob of `size` bytes. Of one priority the deeper goes first. It takes the
-        place of `replaced`, which is pending and has its key."""
+        place of `replaced`, which is pending and has its key, with that one's priority and depth."""
         into = self._queue(queue)
         self._numbers += 1
         number = order = self._numbers
@@ -537,14 +568,20 @@ class TaskQueues:
         return True
 
     def configure_queue(self, name: str, limits: QueueLimits) -> None:
-        """Raises `ProtocolError` for limits that make no sense, `BusyError` for too many queues."""
+        """Raises `ProtocolError` for limits that make no sense, `BusyError` for too many queues.
+
+        A change gives no deliveries away: what its rate allows at once is what it allowed before, up to the new burst.
+        Only a queue that had no rate begins with all of its burst."""
         _check_limits(limits)
-        configured = self.limits()
-        if limits != QueueLimits() and name not in configured and len(configured) >= MAX_CONFIGURED_QUEUES:
-            raise BusyError(f"{MAX_CONFIGURED_QUEUES:,} queues have limits already")
+        if limits != QueueLimits() and len(self._queues) >= MAX_CONFIGURED_QUEUES:
+            configured = self.limits()
+            if name not in configured and len(configured) >= MAX_CONFIGURED_QUEUES:
+                raise BusyError(f"{MAX_CONFIGURED_QUEUES:,} queues have limits already")
+        self.check_queues((name,))
         queue = self._queue(name)
+        tokens = math.inf if queue.limits.rate_per_s is None else queue.tokens_by(self.now)
         queue.limits = limits
-        queue.tokens, queue.filled_at = float(limits.burst), self.now
+        queue.tokens, queue.filled_at = min(tokens, float(limits.burst)), self.now
         self._throttled.pop(name, None)
         self._wake_queue(name)
 
@@ -552,6 +589,8 @@ class TaskQueues:
         """Raises `BusyError` for too many resources."""
         if name not in self._resources and len(self._resources) >= MAX_RESOURCES:
             raise BusyError(f"{MAX_RESOURCES:,} resources are configured already")
+        if name not in self._resources and sum(map(_bytes_of, (name, *self._resources))) > MAX_RESOURCE_NAMES_BYTES:
+            raise BusyError(f"the names of all resources together would be over {MAX_RESOURCE_NAMES_BYTES:,} bytes")
         resource = self._resource(name)
         resource.capacity = capacity
         self._drop_resource(name)
@@ -599,24 +638,25 @@ class TaskQueues:
     ) -> None:
         """Go on with what was stored, after all sessions have joined."""
         for name, one in limits.items():
-            self.configure_queue(name, one)
+            queue = self._queue(name)
+            queue.limits, queue.tokens = one, float(one.burst)
         for name, capacity in resources.items():
             self._resource(name).capacity = capacity
         others: list[Task] = []
-        queue: _Queue | None = None
+        into: _Queue | None = None
         for task in tasks:
-            if queue is None or queue.name != task.queue:
-                queue = self._queue(task.queue)
-            task.queue, task.is_stored = queue.name, True
+            if into is None or into.name != task.queue:
+                into = self._queue(task.queue)
+            task.queue, task.is_stored = into.name, True
             self._tasks[task.id] = task
-            queue.all.append(task)
+            into.all.append(task)
             if task.place or task.key or task.hold or task.waiters or task.not_before or task.expires_at:
                 others.append(task)
                 continue
             kind = (task.subject, task.needs, task.urgency)
-            lane = queue.lanes.get(kind) or self._lane(queue, kind)
+            lane = into.lanes.get(kind) or self._lane(into, kind)
             task.subject, task.needs, task.place = lane.subject, lane.needs, "ready"
-            queue.ready += 1
+            into.ready += 1
             lane.add(task)
         others.sort(key=_number)
         pending = [task for task in others if not self._restore_placed(self._queues[task.queue], task)]
@@ -892,8 +932,7 @@ class TaskQueues:
         if limits.concurrency is not None and len(queue.places["held"]) >= limits.concurrency:
             return False
         if limits.rate_per_s is not None:
-            queue.tokens = min(float(limits.burst), queue.tokens + (self.now - queue.filled_at) * limits.rate_per_s)
-            queue.filled_at = self.now
+            queue.tokens, queue.filled_at = queue.tokens_by(self.now), self.now
             if queue.tokens < 1.0 - _TINY:
                 self._throttled[queue.name] = self.now + (1.0 - queue.tokens) / limits.rate_per_s
                 return False
@@ -979,7 +1018,32 @@ class TaskQueues:
         queue = self._queues.get(name)
         if queue is None:
             queue = self._queues[name] = _Queue(name, self.now)
+            self._queue_names_bytes += _bytes_of(name)
         return queue
+
+    def _has_room_for_queues(self, names: Iterable[str]) -> bool:
+        """Whether those that are not there may be made."""
+        new = [name for name in names if name not in self._queues]
+        return not new or (
+            len(self._queues) + len(new) <= MAX_QUEUES
+            and self._queue_names_bytes + sum(map(_bytes_of, new)) <= MAX_QUEUE_NAMES_BYTES
+        )
+
+    def _idle_queues(self) -> list[str]:
+        """Those without tasks, subscribers and limits."""
+        return [
+            name
+            for name, queue in self._queues.items()
+            if not queue.outlets and not queue.count() and queue.limits == QueueLimits()
+        ]
+
+    def _drop_queue(self, name: str) -> None:
+        """Forget an idle queue."""
+        self._drop_idle_lanes(self._queues[name])
+        self._throttled.pop(name, None)
+        self._awake.pop(name, None)
+        del self._queues[name]
+        self._queue_names_bytes -= _bytes_of(name)
 
     def _resource(self, name: str) -> _Resource:
         resource = self._resources.get(name)
@@ -1050,15 +1114,11 @@ class TaskQueues:
 
     def _measure(self) -> None:
         self._measured_at = self.now
-        idle = []
-        for name, queue in self._queues.items():
+        for queue in self._queues.values():
             queue.history.append((self.now, queue.accepted, queue.settled))
-            if not queue.count() and not queue.outlets and queue.limits == QueueLimits():
-                idle.append(name)
+        idle = self._idle_queues()
         for name in idle[: max(0, len(idle) - MAX_IDLE_QUEUES)]:
-            self._drop_idle_lanes(self._queues[name])
-            self._throttled.pop(name, None)
-            del self._queues[name]
+            self._drop_queue(name)
 
     def _statistics_of(self, queue: _Queue) -> QueueStatistics:
         at, accepted, settled = queue.history[0]
@@ -1298,6 +1358,11 @@ class _Queue:
         """All tasks."""
         return len(self.all) - self.gone
 
+    def tokens_by(self, now: float) -> float:
+        """Deliveries that its rate allows at once by now, up to its burst."""
+        rate = self.limits.rate_per_s or 0.0
+        return min(float(self.limits.burst), self.tokens + (now - self.filled_at) * rate)
+
     def add(self, task: Task) -> None:
         if self.all and task.order < self.all[-1].order:
             bisect.insort(self.all, task, key=_order)
@@ -1391,6 +1456,11 @@ def _check_limits(limits: QueueLimits) -> None:
         raise ProtocolError(f"rate_per_s is {limits.rate_per_s}; it must be more than 0 (concurrency=0 stops a queue)")
     if not 1 <= limits.burst <= MAX_TASKS:
         raise ProtocolError(f"burst is {limits.burst}; it must be from 1 to {MAX_TASKS:,}")
+
+
+def _bytes_of(name: str) -> int:
+    """What a name takes in JSON, in which a control character is six bytes."""
+    return len(msgspec.json.encode(name))
 
 
 def _times(number: int) -> str:

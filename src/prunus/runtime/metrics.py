@@ -44,6 +44,8 @@ def _families(status: BrokerStatus) -> Iterator[tuple[str, Kind, str, Iterable[S
         yield f"prunus_queue_{name}_total", "counter", text, _of_queues(status, attrgetter(name))
     for name, text in _LIMITS.items():
         yield f"prunus_queue_limit_{name}", "gauge", text, _of_queues(status, attrgetter(f"limits.{name}"))
+    bursts = _of_queues(status, lambda queue: None if queue.limits.rate_per_s is None else queue.limits.burst)
+    yield "prunus_queue_limit_burst", "gauge", "Deliveries at once after a quiet time.", bursts
     for name, text in _RESOURCE_GAUGES.items():
         resources = sorted(status.resources.items())
         samples: list[Sample] = [({"resource": key}, getattr(resource, name)) for key, resource in resources]
@@ -79,7 +81,7 @@ _COUNTERS = {
     "commits": "Commits.",
     "calls": "Calls to the service behind the broker.",
     "protocol_errors": "Frames that were no message.",
-    "refused_connections": "Connections with an unknown or revoked key.",
+    "refused_connections": "Connections and sessions refused: an unknown key, another user, nonsense, too many.",
     "not_permitted": "Messages that the role of their key does not allow.",
     "broadcasts_missed": "Broadcasts dropped because their receiver was too slow.",
 }
@@ -87,6 +89,7 @@ _GAUGES = {
     "questions": "Questions not answered yet.",
     "identifiers": "Names that answer questions.",
     "broadcast_subscriptions": "Subscriptions to broadcasts.",
+    "left_out": "Queues, resources and sessions that are not here, because they are too many.",
     "answers_kept": "Answers kept until their receiver has seen them.",
 }
 _QUEUE_GAUGES = {
@@ -118,6 +121,7 @@ _RESOURCE_GAUGES = {
 _SESSION_GAUGES = {
     "held": ("held", "Tasks that the session works on."),
     "credit": ("credit", "Free places of its subscriptions."),
+    "subscriptions": ("subscriptions", "Its subscriptions to queues."),
     "questions": ("questions", "Questions that it waits for."),
     "silent_seconds": ("silent_s", "Time since it was heard last."),
     "round_trip_seconds": ("round_trip_s", "How long a message took to it and back."),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ import click
 from prunus.runtime.cli.connection import with_controller
 from prunus.runtime.cli.group import Group, Options
 from prunus.runtime.cli.patience import bar
+from prunus.runtime.cli.values import END_OF_INTEGERS
 
 if TYPE_CHECKING:
     from prunus.runtime.backend import BrokerStatus
@@ -20,25 +23,42 @@ if TYPE_CHECKING:
 
 REFRESH_S = 1.0
 HTTP_TIMEOUT_S = 5.0
+"""How long somebody who asks for the numbers may say nothing."""
+ANSWER_TIMEOUT_S = 2.0
+"""How long the broker gets for them."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NONE = "none"
+MAX_SHOWN_CHARS = 40
+"""Of a wrong number, in a complaint about it."""
 
 
-def bound(kind: type[int] | type[float], least: float) -> Callable[[click.Context, click.Parameter, Any], Any]:
-    """Reads a number or "none"."""
+def bound(
+    kind: type[int] | type[float], least: float, *, or_none: bool = True
+) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """Reads a number that the broker can take: a whole one is below 2**63. Or "none", if that means something."""
+
+    range_ = f"from {least:g} on, below 2**63" if kind is int else f"from {least:g} on"
+    choice = f", nor {NONE!r}" if or_none else ""
 
     def read(context: click.Context, parameter: click.Parameter, value: str | None) -> int | float | str | None:
-        if value is None or value == NONE:
+        if value is None or (or_none and value == NONE):
             return value
+        shown = value if len(value) <= MAX_SHOWN_CHARS else f"{value[:MAX_SHOWN_CHARS]}..."
         try:
             number = kind(value)
-        except ValueError:
-            raise click.BadParameter(f"{value!r} is neither a number nor {NONE!r}") from None
-        if not least <= number < float("inf"):
-            raise click.BadParameter(f"{value} is not a number from {least:g} on")
+        except ValueError:  # also for more digits than Python reads
+            number = -1
+        if not least <= number < (END_OF_INTEGERS if kind is int else float("inf")):
+            raise click.BadParameter(f"{shown!r} is not a number {range_}{choice}")
         return number
 
     return read
+
+
+def read_name(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    if not value:
+        raise click.BadParameter("it needs a name, not an empty text")
+    return value
 
 
 @click.group(cls=Group)
@@ -94,10 +114,12 @@ def status(options: Options, as_json: bool, watch: bool) -> None:
 
 
 @broker.command()
-@click.argument("queue")
+@click.argument("queue", callback=read_name)
 @click.option("--concurrency", metavar="N|none", callback=bound(int, 0), help="How many of its tasks may run at once.")
 @click.option("--rate", metavar="R|none", callback=bound(float, 1e-6), help="Deliveries per second, in the long run.")
-@click.option("--burst", type=click.IntRange(1), metavar="N", help="Deliveries at once after a quiet time.")
+@click.option(
+    "--burst", metavar="N", callback=bound(int, 1, or_none=False), help="Deliveries at once after a quiet time."
+)
 @click.option("--max-length", metavar="N|none", callback=bound(int, 0), help="How many tasks it may have.")
 @click.option("--json", "as_json", is_flag=True, help="For programs: the limits as they are then.")
 @click.pass_obj
@@ -138,7 +160,7 @@ def limit(
 
 
 @broker.command()
-@click.argument("name")
+@click.argument("name", callback=read_name)
 @click.argument("tokens", metavar="N|none", callback=bound(int, 0))
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_obj
@@ -190,7 +212,7 @@ def backup(options: Options, file: Path, force: bool) -> None:
     """
     from prunus.runtime import overview, upkeep
 
-    profile, target = _own_profile(options), file.absolute()
+    profile, target = options.find_profile(), file.absolute()
     with bar("backup") as progress:
         if _serves(profile):
             size = with_controller(options, lambda controller: _back_up(controller, target, force, progress))
@@ -211,7 +233,7 @@ def restore(options: Options, file: Path) -> None:
     """
     from prunus.runtime import upkeep
 
-    profile = _own_profile(options)
+    profile = options.find_profile()
     aside = upkeep.restore(profile, file.absolute())
     click.echo(f"{profile.database} is the backup {file} now.")
     if aside is not None:
@@ -229,7 +251,7 @@ def vacuum(options: Options) -> None:
     """
     from prunus.runtime import overview, upkeep
 
-    profile = _own_profile(options)
+    profile = options.find_profile()
     if _serves(profile):
         with bar("vacuum") as progress:
             given = with_controller(options, lambda controller: _give_back(controller, progress))
@@ -267,47 +289,72 @@ async def _watch(controller: ProcessController, now: BrokerStatus, here: str) ->
 
 
 def _serve_metrics(options: Options, host: str, port: int) -> None:
-    from http.server import BaseHTTPRequestHandler, HTTPServer
+    """Answer until Ctrl-C; each request in a thread of its own, so that a slow one keeps nobody waiting."""
+    from concurrent.futures import CancelledError
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-    import msgspec
+    from anyio.from_thread import BlockingPortal, start_blocking_portal
 
     from prunus.errors import PrunusError
-    from prunus.runtime.backend import BrokerStatus
-    from prunus.runtime.blocking import connect_sync
+    from prunus.runtime.controller import connect
     from prunus.runtime.metrics import as_prometheus
 
-    profile = options.find_profile() if options.key is None else None
-    with connect_sync(profile, key=options.key) as controller:
+    async def ask() -> str:
+        async with asyncio.timeout(ANSWER_TIMEOUT_S):
+            return as_prometheus(await read_status(controller))
 
-        class Handler(BaseHTTPRequestHandler):
-            timeout = HTTP_TIMEOUT_S
+    class Handler(BaseHTTPRequestHandler):
+        timeout = HTTP_TIMEOUT_S
 
-            def do_GET(self) -> None:
-                if self.path.partition("?")[0] not in ("/", "/metrics"):
-                    self.send_error(404, "the numbers are at /metrics")
-                    return
-                try:
-                    status = msgspec.convert(controller.broker_statistics(), BrokerStatus)
-                except PrunusError as error:
-                    self.send_error(503, "the broker does not answer", str(error))
-                    return
-                body = as_prometheus(status).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+        def do_GET(self) -> None:
+            if self.path.partition("?")[0] not in ("/", "/metrics"):
+                self.answer(404, "the numbers are at /metrics\n")
+                return
+            try:
+                text = portal.call(ask)
+            except TimeoutError:
+                self.answer(503, f"the broker did not answer within {ANSWER_TIMEOUT_S:g} s\n")
+            except PrunusError as error:
+                self.answer(503, f"the broker does not answer: {error}\n")
+            else:
+                self.answer(200, text, "; version=0.0.4")
 
-            def log_message(self, format: str, *args: Any) -> None:
-                """Say nothing: somebody asks every few seconds."""
+        def answer(self, code: int, text: str, version: str = "") -> None:
+            body = text.encode()
+            self.send_response(code)
+            self.send_header("Content-Type", f"text/plain{version}; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
-        class Server(HTTPServer):
-            address_family = _family(host)
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing: somebody asks every few seconds."""
 
-        with Server((host, port), Handler) as server:
-            address = f"[{host}]" if ":" in host else host
-            click.echo(f"http://{address}:{server.server_port}/metrics (Ctrl-C ends it)", err=True)
-            server.serve_forever()
+    class Server(ThreadingHTTPServer):
+        address_family = _family(host)
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Say nothing of those who left before they were answered, nor of those whom Ctrl-C cuts off."""
+            if not isinstance(sys.exception(), OSError | CancelledError):
+                super().handle_error(request, client_address)
+
+    address = f"[{host}]" if ":" in host else host
+    try:
+        server = Server((host, port), Handler)
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        why = "another program does: stop that one" if taken else error.strerror
+        raise click.ClickException(
+            f"can't listen at {address}:{port}: {why}, or say another port (0: a free one)"
+        ) from error
+    portal: BlockingPortal
+    with (
+        server,
+        start_blocking_portal() as portal,
+        portal.wrap_async_context_manager(connect(options.local_profile(), key=options.key)) as controller,
+    ):
+        click.echo(f"http://{address}:{server.server_port}/metrics (Ctrl-C ends it)", err=True)
+        server.serve_forever()
 
 
 def _family(host: str) -> Any:
@@ -350,12 +397,6 @@ async def _give_back(controller: ProcessController, progress: Callable[[int, int
         if not space.given:
             return space.page_bytes * given
         await asyncio.sleep(0)
-
-
-def _own_profile(options: Options) -> Profile:
-    if options.key is not None:
-        raise click.UsageError("its database is looked after on the broker's own host, with --profile, not with --key")
-    return options.find_profile()
 
 
 def _serves(profile: Profile) -> bool:

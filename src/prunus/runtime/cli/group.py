@@ -103,13 +103,36 @@ class Options:
     debug: bool = False
 
     def find_profile(self) -> Profile:
+        """The profile, for what is done on this host alone: a key for a broker elsewhere is refused."""
+        self.refuse_key()
+        return self._profile_here()
+
+    def local_profile(self) -> Profile | None:
+        """The profile, unless a key is given for a broker elsewhere: for what is done over either."""
+        return self._profile_here() if self.key is None else None
+
+    def refuse_key(self) -> None:
+        """`click.UsageError` if a key is given: it says which profile of this host is not touched."""
+        if self.key is None:
+            return
+        from prunus.errors import ProfileError
+
+        try:
+            here = f" (here {self._profile_here().path})"
+        except ProfileError:  # none, or one that can't be read
+            here = ""
+        context = click.get_current_context(silent=True)
+        what = f"`{context.command_path}`" if context is not None else "this"
+        raise click.UsageError(
+            f"{what} is about a profile of the host on which it runs{here}, not about the broker that --key is for: "
+            "run it on the broker's own host, with --profile or in its folder, not with --key",
+            context,
+        )
+
+    def _profile_here(self) -> Profile:
         from prunus.runtime.profile import Profile
 
         return Profile.find(self.profile)
-
-    def local_profile(self) -> Profile | None:
-        """The profile, unless a key is given for a broker elsewhere."""
-        return self.find_profile() if self.key is None else None
 
 
 def main() -> None:
@@ -210,6 +233,8 @@ class Group(click.Group):
                 raise
             if isinstance(error, PrunusError):
                 raise click.ClickException(folded(_with_hint(error, ctx.ensure_object(Options)))) from error
+            if isinstance(error, ValueError) and _is_about_arguments(error):
+                raise click.ClickException(folded(str(error))) from error
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise click.ClickException(f"{what} (this should not happen; --debug shows where)") from error
 
@@ -241,6 +266,17 @@ def sections(group: click.Group) -> dict[str, dict[str, click.Command]]:
 _EPILOG = (
     "Exit codes: " + "; ".join(f"{code}: {meaning.partition(';')[0]}" for code, meaning in EXIT_CODES.items()) + "."
 )
+
+
+def _is_about_arguments(error: ValueError) -> bool:
+    """Whether the communicator raised it: so it refuses what can't be asked of a broker."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and place.tb_frame.f_globals.get("__name__") in _REFUSING
+
+
+_REFUSING = ("prunus.messaging.peer", "prunus.messaging.client", "prunus.messaging.transfers")
 
 
 def _with_hint(error: Exception, options: Options) -> str:

@@ -377,7 +377,7 @@ def describe(options: Options, process_class: str, as_json: bool, as_mermaid: bo
     from prunus.runtime import display
 
     try:
-        import_like_workers(options.find_profile())
+        import_like_workers(options.local_profile())
     except ProfileError:  # a class can be described without any
         sys.path.insert(0, str(Path.cwd()))
     description = describe(load_class(process_class))

@@ -20,6 +20,7 @@ from prunus.runtime.cli.patience import bar
 @click.pass_obj
 def init(options: Options, name: str | None, workers: int | None, listen: tuple[str, ...]) -> None:
     """Make a profile: in ./.prunus, or the user's own one NAME."""
+    options.refuse_key()
     import msgspec
 
     from prunus.runtime.profile import FOLDER_NAME, Config, Profile
@@ -60,6 +61,7 @@ def doctor(options: Options, check_checkpoints: bool, check_blobs: bool, fix: bo
     a minute; and damaged blobs are set aside, so that they can be put again. The exit code is 1 if something is
     wrong, and was not repaired.
     """
+    options.refuse_key()
     from prunus.runtime import display
     from prunus.runtime.doctor import Finding, examine, examine_blobs
 

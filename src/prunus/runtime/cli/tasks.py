@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,7 @@ _yes = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def requeue(options: Options, ids: tuple[str, ...], queue: str | None, place: Any, everything: bool) -> None:
     """Offer dead or delayed tasks again, at once, as if they were new."""
     _check_choice(ids, queue, place, everything)
-    _edit(options, "requeued", ids, lambda communicator: communicator.requeue(*ids, queue=queue, place=place))
+    _edit(options, "requeued", ids, lambda communicator, some: communicator.requeue(*some, queue=queue, place=place))
 
 
 @tasks.command()
@@ -123,7 +124,7 @@ def delete(options: Options, ids: tuple[str, ...], queue: str | None, place: Any
     _check_choice(ids, queue, place, everything)
     if not ids:
         _confirm(f"Forget all {place or ''} tasks{f' of {queue}' if queue else ''}".replace("  ", " "), yes)
-    _edit(options, "deleted", ids, lambda communicator: communicator.delete(*ids, queue=queue, place=place))
+    _edit(options, "deleted", ids, lambda communicator, some: communicator.delete(*some, queue=queue, place=place))
 
 
 @tasks.command()
@@ -135,7 +136,7 @@ def delete(options: Options, ids: tuple[str, ...], queue: str | None, place: Any
 def bury(options: Options, ids: tuple[str, ...], queue: str | None, place: Any, everything: bool) -> None:
     """Put tasks that nobody works on to the dead letters."""
     _check_choice(ids, queue, place, everything)
-    _edit(options, "buried", ids, lambda communicator: communicator.bury(*ids, queue=queue, place=place))
+    _edit(options, "buried", ids, lambda communicator, some: communicator.bury(*some, queue=queue, place=place))
 
 
 @tasks.command()
@@ -148,7 +149,7 @@ def purge(options: Options, queue: str, yes: bool) -> None:
     Tasks that somebody works on stay.
     """
     _confirm(f"Forget every task of {queue}, its dead letters too", yes)
-    _edit(options, "deleted", (), lambda communicator: communicator.purge(queue))
+    _edit(options, "deleted", (), lambda communicator, _: communicator.purge(queue))
 
 
 # --- parts ------------------------------------------------------------------------------------------
@@ -282,22 +283,52 @@ def _confirm(question: str, yes: bool) -> None:
     click.confirm(f"{question}?", abort=True)
 
 
-def _edit(options: Options, done: str, ids: Sequence[str], change: Callable[[Communicator], Awaitable[int]]) -> None:
-    """Do it, and say of those that were named which could not be changed."""
-    from prunus.runtime.display import count, peer, plain
+Change = Callable[["Communicator", tuple[str, ...]], Awaitable[int]]
+"""Does something to the tasks with these ids, or to those that options name if there are none; to how many."""
+
+
+def _edit(options: Options, done: str, ids: Sequence[str], change: Change) -> None:
+    """Do it, and say of each of those that were named to which nothing was done why; then the exit code is 1."""
+    from prunus.runtime.display import count, plain
 
     async def work(controller: ProcessController) -> bool:
-        communicator, is_well = controller.communicator, True
-        for task in ids:
-            found = await communicator.tasks(task=task, limit=1)
-            if found and found[0].place != "held":
+        communicator = controller.communicator
+        if not ids:
+            click.echo(f"{done}: {count(await change(communicator, ()), 'task')}")
+            return True
+        changed, is_well = 0, True
+        for task in dict.fromkeys(ids):
+            if await change(communicator, (task,)):
+                changed += 1
                 continue
             is_well = False
-            holder = plain(peer(found[0].holder)) if found else ""
-            why = f"{holder} works on it, and will settle it" if found else "there is no such task"
-            click.echo(f"Error: {plain(task)}: {why}", err=True)
-        click.echo(f"{done}: {count(await change(communicator), 'task')}")
+            found = await communicator.tasks(task=task, limit=1)
+            click.echo(f"Error: {plain(task)}: {_why_not(done, found[0] if found else None)}", err=True)
+        click.echo(f"{done}: {count(changed, 'task')}")
         return is_well
 
     if not with_controller(options, work):
         sys.exit(1)
+
+
+def _why_not(done: str, task: TaskInfo | None) -> str:
+    """Why a task was not `done` ("requeued", "deleted" or "buried"), from where it is now."""
+    from prunus.runtime.display import peer, plain
+
+    if task is None:
+        return "there is no such task"
+    key = plain(task.key or "")
+    match task.place:
+        case "held":
+            return f"{plain(peer(task.holder))} works on it, and will settle it"
+        case "settled":
+            return "it is done, and kept until its result is fetched"
+        case "dead" if done == "buried":
+            return "it is a dead letter already"
+        case "dead" if done == "requeued" and task.key is not None:
+            return f"another task with its key {key} is pending; `prunus tasks --task-key {shlex.quote(key)}` shows it"
+        case "ready" if done == "requeued":
+            return "it is ready already, for the next who has room"
+        case "blocked" if done == "requeued":
+            return f"it waits already, behind another task with its key {key}"
+    return f"it is {task.place} now; try again"

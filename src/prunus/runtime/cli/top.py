@@ -25,7 +25,7 @@ def top(options: Options) -> None:
         raise click.UsageError("`prunus top` needs a terminal; in a pipe use `prunus list` or `prunus broker status`")
     from prunus.runtime.top.app import TopApp
 
-    profile = options.find_profile() if options.key is None else None
+    profile = options.local_profile()
     place = profile.name if profile is not None else options.key or ""
 
     async def show(controller: ProcessController) -> None:

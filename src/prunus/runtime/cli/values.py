@@ -10,6 +10,11 @@ import click
 if TYPE_CHECKING:
     from prunus.processes import Process
 
+END_OF_INTEGERS = 2**63
+"""Whole numbers below it fit into messages and into the database."""
+MAX_DIGITS = 1000
+"""Python reads no number that is much longer; all that are so long are too large."""
+
 
 def read_value_of(what: str, text: str) -> Any:
     """One value, in YAML; `what` is its name in a complaint."""
@@ -38,7 +43,9 @@ def read_tokens(words: Sequence[str]) -> dict[str, int]:
         name, equals, number = word.partition("=")
         if not name or (equals and not number.isdecimal()) or name in tokens:
             raise click.UsageError(f"--resource: {word!r} is not of the form name=number, once for each name")
-        tokens[name] = int(number) if equals else 1
+        tokens[name] = int(number[:MAX_DIGITS]) if equals else 1
+        if tokens[name] >= END_OF_INTEGERS:
+            raise click.UsageError(f"--resource: {name}: the number has to be below 2**63")
     return tokens
 
 
