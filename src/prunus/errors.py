@@ -38,6 +38,8 @@ import msgspec
 MAX_CAUSES = 8
 """How many links of a chain of causes a `Failure` keeps."""
 
+MAX_MESSAGE_CHARS = 32_000
+"""A longer text of an error keeps its beginning."""
 MAX_TRACEBACK_CHARS = 32_000
 """A longer traceback keeps its end, where the reason stands."""
 
@@ -450,12 +452,14 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
         except Exception:  # a user's broken __str__ must not hide the error
             message = "(the error's text can't be shown)"
         text = "".join(_traceback.format_exception(kind, error, error.__traceback__, chain=False))
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = f"{message[:MAX_MESSAGE_CHARS]}... ({len(message):,} characters)"
         cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
         facts = error.facts() if isinstance(error, PrunusError) and kind.__name__ in _BY_NAME else {}
         return cls(
             type=name,
-            message=message,
-            traceback=text[-MAX_TRACEBACK_CHARS:],
+            message=_speakable(message),
+            traceback=_speakable(text[-MAX_TRACEBACK_CHARS:]),
             cause=cls.of(cause, _depth + 1) if cause is not None and _depth < MAX_CAUSES else None,
             facts=facts,
         )
@@ -476,6 +480,10 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def __str__(self) -> str:
         return f"{self.type.rpartition('.')[2]}: {self.message}" if self.message else self.type
+
+
+def _speakable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 _BY_NAME: dict[str, type[PrunusError]] = {

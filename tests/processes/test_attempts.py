@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
 from typing import Any
@@ -435,6 +436,31 @@ async def test_what_a_thread_raises_is_the_error_of_the_step() -> None:
     failure = process.result().failure
     assert failure is not None
     assert (failure.type, failure.message) == ("SystemExit", "3")
+
+
+@pytest.mark.parametrize("in_thread", [True, False])
+async def test_a_keyboard_interrupt_of_a_step_is_its_error(in_thread: bool) -> None:
+    """Where the loop handles SIGINT, as in a worker: nobody has pressed a key."""
+
+    class Interrupts(Process):
+        run_sync_steps_in = "thread" if in_thread else "loop"
+
+        def run(self) -> None:
+            raise KeyboardInterrupt
+
+    loop = asyncio.get_running_loop()
+    before = signal.getsignal(signal.SIGINT)
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    try:
+        process = Interrupts()
+        await process.step()
+        await process.step()
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+        signal.signal(signal.SIGINT, before)
+    failure = process.result().failure
+    assert failure is not None
+    assert failure.type == "KeyboardInterrupt"
 
 
 async def test_a_process_that_a_killed_thread_has_called_is_killed() -> None:

@@ -490,6 +490,15 @@ def test_a_backup_from_the_command_line(live: Shell) -> None:
     assert "no folder" in live.error("broker", "backup", "nowhere/copy.db")
     assert "runs already" in live.error("broker", "restore", "copy.db")
     assert live("broker", "vacuum").stdout.endswith(" were given back.\n")
+
+    async def fill() -> None:
+        async with connect(Profile.find(str(live.folder / ".prunus"))) as controller:
+            for _ in range(20):
+                await controller.communicator.task_send(bytes(200_000), queue="much")
+            await controller.communicator.purge("much")
+
+    asyncio.run(fill())
+    assert re.search(r"^[3-9][\d.]+ MB were given back\.$", live("broker", "vacuum").stdout)
     assert "not with --key" in live.error("broker", "backup", "x.db", "--key", "some.key", code=2)
 
 

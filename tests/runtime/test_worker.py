@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from prunus import errors
+from prunus.persistence.persister import DEFAULT_QUEUE
 from prunus.runtime.profile import Config, Profile
 from prunus.runtime.worker import Settings
 from prunus.testing.local_daemon import LocalDaemon
 from tests.guarantees.real_daemon import RealDaemon
 from tests.runtime import workflows
-from tests.runtime.waiting import file_has, until
+from tests.runtime.waiting import POLL_S, file_has, until
 
 
 async def test_a_stopped_worker_gives_its_processes_back_at_a_checkpoint(tmp_path: Path) -> None:
@@ -31,6 +32,21 @@ async def test_a_stopped_worker_gives_its_processes_back_at_a_checkpoint(tmp_pat
     assert claims[0] != claims[1]
     lines = file.read_text().splitlines()
     assert len(lines) == len(set(lines)) == 40
+
+
+@pytest.mark.parametrize("key", [None, "mine"])
+async def test_a_task_about_no_process_is_not_lost(key: str | None) -> None:
+    """Somebody sent it into a queue of workers: it goes back with the reason, and processes go on."""
+    async with LocalDaemon(workers=1) as daemon:
+        communicator = daemon.controller.communicator
+        await communicator.task_send(b"precious", queue=DEFAULT_QUEUE, key=key)
+        while not (await communicator.tasks(queue=DEFAULT_QUEUE))[0].reason:
+            await asyncio.sleep(POLL_S)
+        handle = await daemon.controller.launch(workflows.Journal, {"file": "/dev/null", "steps": 1})
+        await handle.result()
+        [task] = await communicator.tasks(queue=DEFAULT_QUEUE, bodies=True)
+        assert task.body == b"precious"
+        assert "about no process" in (task.reason or "")
 
 
 async def test_a_step_that_outlasts_the_grace_is_cancelled_and_run_again(tmp_path: Path) -> None:

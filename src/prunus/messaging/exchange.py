@@ -109,6 +109,8 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
     answer: bytes
     tasks: tuple[NewTask, ...] = ()
     broadcasts: tuple[NewBroadcast, ...] = ()
+    wrote: bool = False
+    """It changed the file, though no row of it: that is committed too."""
     begins: NewTask | None = None
     """What the request begins will need such a task, now or later. If its sender would be refused (the queue is full, a
     resource is not there), the whole call is."""
@@ -524,8 +526,8 @@ class Exchange(Generic[Route]):
         self._apply([Send(session, frame)])
 
     def _who(self, session: str) -> tuple[str, str | None]:
-        principal = self._principals.get(session, OWNER)
-        return principal.role, principal.key
+        principal = self._principals.get(session)
+        return ("unknown", None) if principal is None else (principal.role, principal.key)  # not back since the start
 
     def _does_not_read(self, session: str) -> bool:
         route = self._routes.get(session)
@@ -676,7 +678,8 @@ class Exchange(Generic[Route]):
             return
         self._connection.execute("RELEASE call")
         tasks = [task for one in served for task in one.tasks]
-        if self._connection.total_changes == changes and not call.acks and not tasks:
+        wrote = self._connection.total_changes != changes or any(one.wrote for one in served)
+        if not wrote and not call.acks and not tasks:
             self._apply([Send(session, frame)])  # nothing was changed: asking again is harmless
             return
         self._written = True

@@ -619,6 +619,11 @@ def explain(error: sqlite3.Error, path: str | os.PathLike[str]) -> PersistenceEr
             )
         case "SQLITE_FULL":
             return StoreFullError(os.fspath(path))
+        case str(name) if name.startswith("SQLITE_IOERR"):
+            return PersistenceError(
+                f"{path} can't be read or written ({error}): its disk is full or fails; nothing was changed: free some "
+                "space, or see to the disk (`df`, `dmesg`), and start again"
+            )
         case _:
             return PersistenceError(
                 f"{path} can't be used as a database ({error}); nothing was repaired: if the disk is sound, restore a "

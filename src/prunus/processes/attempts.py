@@ -16,6 +16,7 @@ import asyncio
 import contextvars
 import inspect
 import logging
+import signal
 import threading
 import time
 from collections import defaultdict
@@ -185,9 +186,11 @@ class Attempt(msgspec.Struct, eq=False):
             is_async = self.options is not None and self.options.is_async
             value = await (function(*args, **kwargs) if is_async else self.call(function, *args, **kwargs))
             self.outcome = value, None
-        except (KeyboardInterrupt, GeneratorExit):
+        except GeneratorExit:
             raise
         except BaseException as error:  # the user's step: also SystemExit is no more than the end of this process
+            if _is_ctrl_c(error):
+                raise
             self.outcome = None, error
 
     def _call_inline(
@@ -204,9 +207,11 @@ class Attempt(msgspec.Struct, eq=False):
             if value is not None and function is not at_once and inspect.isawaitable(value):
                 return self._body(_await, (value,), {})
             return value, None
-        except (KeyboardInterrupt, GeneratorExit):
+        except GeneratorExit:
             raise
         except BaseException as error:  # the user's step
+            if _is_ctrl_c(error):
+                raise
             return None, error
 
     async def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -346,3 +351,10 @@ async def _in_thread(function: Callable[..., Any], args: tuple[Any, ...], kwargs
 
 _abandoned: set[asyncio.Task[None]] = set()
 """Steps that do not end though they were cancelled. The loop holds its tasks weakly, so somebody must hold them."""
+
+
+def _is_ctrl_c(error: BaseException) -> bool:
+    """Whether somebody wants to end the program. Where SIGINT is handled by the event loop, as in a worker, only the
+    step itself can have raised it."""
+    handled = getattr(signal.getsignal(signal.SIGINT), "__module__", "") == "asyncio.unix_events"
+    return isinstance(error, KeyboardInterrupt) and not handled

@@ -35,6 +35,7 @@ from prunus.errors import (
     StoreFullError,
     TaskRejectedError,
 )
+from prunus.messaging.broker import OWN_TASKS
 from prunus.messaging.communicator import Broadcast, IncomingTask
 from prunus.persistence import requests
 from prunus.persistence.checkpoint import decode_checkpoint, decode_data, encode_data, type_loader
@@ -52,6 +53,8 @@ OWN_MODULES = "prunus.*"
 """Processes of Prunus itself (`prunus.runtime.schedules`) are always allowed."""
 NOT_HERE = b""
 """The answer of a worker that does not hold the process (any more)."""
+NO_PROCESS = "it is about no process, and workers run nothing else; subscribe to its queue, or delete it"
+"""Why a task that somebody sent by hand goes back."""
 APART = "workers died in its step, and in that of another process that runs here now"
 """Why a worker does not take a process just now."""
 UNFIT_PAUSE_S = 0.25
@@ -116,11 +119,12 @@ class Launcher:
     async def handle(self, task: IncomingTask) -> None:
         """Look at the process that `task` is about, and drive it as far as it goes.
 
-        Raises `TaskRejectedError` if nobody knows how that ended: the task stays, and the next look will show it.
+        Raises `TaskRejectedError` if nobody knows how that ended, or if it is about no process: the task stays, for who
+        can do something with it, and the next look will show it.
         """
         pid = task.key
         if pid is None:
-            raise ProtocolError("a task for a worker names its process as the key")
+            raise TaskRejectedError(NO_PROCESS)
         if self._stopping:
             raise TaskRejectedError(str(ShuttingDownError("worker")))
         backend, nudges = self._backend, self._nudges
@@ -138,6 +142,8 @@ class Launcher:
             if not claim.record.is_terminal:
                 await self._continue(claim, task, nudges)
         except CheckpointNotFoundError:
+            if not task.id.startswith(OWN_TASKS):
+                raise TaskRejectedError(NO_PROCESS) from None
             logger.info("process %s was deleted before it was run", pid, extra={"pid": pid})
         except TaskRejectedError:
             raise

@@ -12,7 +12,7 @@ import click
 from prunus.runtime.cli.choosing import Filters, find_one, read_pids, rows_of
 from prunus.runtime.cli.connection import with_controller
 from prunus.runtime.cli.group import Command, Options
-from prunus.runtime.cli.patience import patience
+from prunus.runtime.cli.patience import agrees, patience
 
 if TYPE_CHECKING:
     from prunus.persistence.persister import Query
@@ -146,7 +146,7 @@ async def _prune(controller: ProcessController, query: Query, class_name: str | 
         click.echo(f"would forget: {display.count(number, 'process')}" if number else "Nothing to forget.", err=True)
         return
     question = f"Forget {display.count(number, 'process')}, with their histories, logs and results, for good?"
-    if not yes and not click.confirm(question, err=True):
+    if not yes and not agrees(question):
         raise click.Abort
     persister = Backend(controller.communicator).persister
     forgotten = 0

@@ -19,11 +19,11 @@ import click
 from prunus.runtime.cli.choosing import Filters, find_one, read_pids, rows_of, takes_processes
 from prunus.runtime.cli.connection import import_like_workers, with_controller
 from prunus.runtime.cli.group import Command, Options
-from prunus.runtime.cli.patience import patience
+from prunus.runtime.cli.patience import agrees, patience
 from prunus.runtime.cli.values import check_step, read_inputs_of, read_value_of, yaml_document
 
 if TYPE_CHECKING:
-    from prunus.runtime.cli.patience import Meter
+    from prunus.runtime.cli.patience import Meter, agrees
     from prunus.runtime.controller import ProcessController, ProcessHandle
     from prunus.runtime.selection import BulkReport, ProcessSelection, Progress
 
@@ -443,7 +443,7 @@ async def _tell(
 def _agrees(question: str, number: int) -> bool:
     from prunus.runtime.display import count
 
-    return click.confirm(f"{question.format(number=count(number, 'process'))}?", err=True)
+    return agrees(f"{question.format(number=count(number, 'process'))}?")
 
 
 def _sum_up(done: str, number: int, failed: int, by_filters: bool) -> None:

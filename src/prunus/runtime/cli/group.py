@@ -164,6 +164,8 @@ class Command(click.Command):
 
 
 def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    if value == "":
+        raise click.BadParameter("it is empty; is a variable of the shell not set?")
     if value and parameter.name:
         setattr(context.ensure_object(Options), parameter.name, value)
 

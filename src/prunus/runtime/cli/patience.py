@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -90,6 +91,15 @@ async def patience(waiting_for: str, total: int | None = None, doing: str = "") 
         ticking.cancel()
         await asyncio.gather(ticking, return_exceptions=True)
         meter.clear()
+
+
+def agrees(question: str) -> bool:
+    """Whether the answer is yes. Ctrl-C aborts at once, also where an event loop runs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return click.confirm(question, err=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

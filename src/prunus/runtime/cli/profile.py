@@ -43,7 +43,8 @@ def init(options: Options, name: str | None, workers: int | None, listen: tuple[
     click.echo(f"Workers import classes from {', '.join(map(str, profile.import_folders))} (see config.yaml there).")
     if listen:
         click.echo(
-            f"Its broker will listen at {', '.join(listen)}, for those who hold a key: prunus{option} key add NAME"
+            f"Its broker will listen at {', '.join(listen)}, for those who hold a key: "
+            f"prunus{option} key add NAME --role worker"
         )
     click.echo(f"Next: prunus{option} daemon start")
 
