@@ -7,6 +7,7 @@ import pytest
 
 from prunus import errors
 from prunus.errors import Failure
+from prunus.processes import Process
 from prunus.testing.local_daemon import LocalDaemon
 from tests.runtime import workflows
 
@@ -101,6 +102,24 @@ def test_an_error_that_cant_be_shown_is_still_an_error() -> None:
             raise RuntimeError("no text")
 
     assert "can't be shown" in Failure.of(Rude()).message
+
+
+@pytest.mark.parametrize("text", ["x" * 20_000_000, "can't read \udcff"], ids=["long", "surrogate"])
+async def test_an_error_with_any_text_ends_its_process(text: str) -> None:
+    """One that is too long for a message, and one that UTF-8 can't say, are cut or escaped: nothing waits for ever."""
+
+    class Fails(Process):
+        async def run(self) -> None:
+            raise ValueError(text)
+
+    process = Fails()
+    await process.step()
+    await process.step()
+    failure = process.result().failure
+    assert failure is not None
+    assert failure.type == "ValueError"
+    assert failure.message.startswith(text[:10])
+    assert len(msgspec.msgpack.encode(failure)) < 100_000
 
 
 async def test_a_failed_process_stays_failed_for_everybody() -> None:

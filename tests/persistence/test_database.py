@@ -23,6 +23,7 @@ from prunus.persistence.database import (
     checkpoint_wal,
     commit,
     database_path,
+    explain,
     file_system_of,
     find_damage,
     lay_out_log,
@@ -450,3 +451,12 @@ def test_an_old_file_gives_back_pages_after_a_vacuum(path: Path) -> None:
         assert connection.execute("SELECT count(*) FROM t").fetchone() == (5,)
         assert find_damage(connection) == []
     assert path.stat().st_size < 20 * 4096
+
+
+def test_a_disk_that_fails_is_no_damage() -> None:
+    """Nobody should put a backup in the place of a sound database whose disk is full or gone."""
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorname = "SQLITE_IOERR_SHMSIZE"
+    said = str(explain(error, "some.db"))
+    assert "its disk is full or fails" in said
+    assert "restore" not in said

@@ -187,6 +187,12 @@ def test_a_key_is_never_ignored(shell: Shell, words: str) -> None:
     assert {file: file.stat().st_mtime_ns for file in shell.folder.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.parametrize("option", ["--key", "--profile"])
+def test_a_place_that_is_empty_is_none(shell: Shell, option: str) -> None:
+    """A variable of the shell that is not set must not lead to the profile of this folder."""
+    assert "it is empty" in shell.error(option, "", "list", code=2)
+
+
 def test_a_key_is_refused_where_there_is_no_profile(shell: Shell) -> None:
     """It is the key that is wrong there, not the lack of a profile."""
     assert "`prunus daemon stop` is about a profile" in shell.error("daemon", "stop", "--key", "some.key", code=2)
