@@ -663,7 +663,8 @@ class Exchange(Generic[Route]):
                 if one.begins is not None:
                     self._core.check_room(one.begins.queue, one.begins.needs)
             frame = encode(CallDone(id=call.id, answers=tuple(one.answer for one in served)))
-            if self._refuse_changes is not None and (call.acks or self._connection.total_changes != changes):
+            wrote = self._connection.total_changes != changes or any(one.wrote for one in served)
+            if self._refuse_changes is not None and (call.acks or wrote):
                 raise StoreFullError(self._refuse_changes)
         except sqlite3.Error:
             raise
@@ -678,7 +679,6 @@ class Exchange(Generic[Route]):
             return
         self._connection.execute("RELEASE call")
         tasks = [task for one in served for task in one.tasks]
-        wrote = self._connection.total_changes != changes or any(one.wrote for one in served)
         if not wrote and not call.acks and not tasks:
             self._apply([Send(session, frame)])  # nothing was changed: asking again is harmless
             return

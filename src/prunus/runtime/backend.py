@@ -98,7 +98,8 @@ class ProcessService:
             return Served(answer=msgspec.json.encode(statistics))
         if self._upkeep is not None and request.startswith(upkeep.PREFIX):
             _only_owner(role, "to look after the database")
-            return Served(answer=self._upkeep.execute(request.removeprefix(upkeep.PREFIX)), wrote=True)
+            request = request.removeprefix(upkeep.PREFIX)
+            return Served(answer=self._upkeep.execute(request), wrote=upkeep.writes(request))
         if request.startswith(crashes.PREFIX):
             _only_owner(role, "to say how a worker ended")
             if self.refuse_changes is None:

@@ -285,6 +285,11 @@ def encode(request: Request) -> bytes:
     return PREFIX + _encode(request)
 
 
+def writes(request: bytes) -> bool:
+    """Whether the request that these bytes are, without their prefix, changes the file."""
+    return isinstance(_requests.decode(request), GiveBack)
+
+
 def decode_copying(answer: bytes) -> Copying:
     return msgspec.msgpack.decode(answer, type=Copying)
 
