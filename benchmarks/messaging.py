@@ -16,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import psutil
 
@@ -32,10 +34,12 @@ from prunus.messaging.communicator import Communicator
 from prunus.messaging.connecting import connect_to
 from prunus.messaging.local import LocalBroker
 
-SECONDS = 4.0
+SECONDS = 6.0
 BODY = b"x" * 300
 IN_FLIGHT = 200
+TASK_TURNS = 3
 QUESTIONS, TURNS = 2000, 20
+BESIDE = "the same, beside a peer"
 MOST_OF_THE_LEAST = 1.5
 """So many times the least that it could be may a confirmation take."""
 LISTENERS, LISTENING_PROCESSES, BROADCASTS = 100, 4, 200
@@ -46,40 +50,21 @@ LOOK_S = 0.005
 
 
 async def measure(report: Report) -> None:
-    report.doing("AiiDA's broker and kiwipy over RabbitMQ do the same first")
-    theirs = await asyncio.to_thread(the_rivals)
     with Services() as services:
         broker = services.start("prunus.runtime.broker")
         endpoint = services.profile.endpoint
         services.spawn(consumer("tasks", endpoint), "consumer")
         async with await connect_to(endpoint, name="bench", timeout_s=READY_S) as communicator:
             await somebody_answers(communicator, ECHO)
-            rate, commits = await tasks(communicator, IN_FLIGHT)
-            what = f"durable tasks, {IN_FLIGHT} in flight ({commits:,.0f} commits/s)"
-            for name, one in theirs.items():
-                report.add(what, rate, "/s", one.tasks, name)
-                if one.tasks_of_a_thread is not None:
-                    by_thread = f"{name}, its interface for threads"
-                    report.add(what, rate, "/s", one.tasks_of_a_thread, by_thread)
-            if not theirs:
-                report.add(what, rate, "/s")
-            rate, _ = await tasks(communicator, 1)
-            for name, one in theirs.items():
-                report.add(
-                    "durable tasks, each sent after the confirmation of the last", rate, "/s", one.one_by_one, name
-                )
+            async with the_rivals(services) as theirs:
+                await many_tasks(report, communicator, theirs)
+                await tasks_one_by_one(report, communicator, theirs)
+                await questions(report, communicator, theirs)
             await one_confirmation(report, communicator, services)
-            times = await questions_ms(communicator)
-            for share in (0.5, 0.99):
-                what = f"RPC round trip, p{share * 100:.0f}"
-                for name, one in theirs.items():
-                    report.add(what, percentile(times, share), "ms", percentile(one.questions_ms, share), name)
-                if not theirs:
-                    report.add(what, percentile(times, share), "ms")
             report.doing(f"{LISTENERS} subscribers in {LISTENING_PROCESSES} OS processes")
             late = await broadcasts_ms(communicator, services)
             report.add(f"broadcast to {LISTENERS} subscribers, p50", percentile(late, 0.5), "ms")
-            report.add(f"broadcast to {LISTENERS} subscribers, p99", percentile(late, 0.99), "ms")
+            report.add(f"broadcast to {LISTENERS} subscribers, p99", percentile(late, 0.99), "ms", limit=20)
             report.doing(
                 f"{CLIENTS:,} clients with {SUBSCRIPTIONS_EACH} subscriptions each do nothing for {IDLE_S:g} s"
             )
@@ -88,6 +73,7 @@ async def measure(report: Report) -> None:
                 f"broker with {CLIENTS:,} idle clients, {CLIENTS * SUBSCRIPTIONS_EACH:,} subscriptions, of one core",
                 idle,
                 "%",
+                limit=2,
             )
     # Not the same work: kiwipy's local communicator calls the subscriber as a function. Ours is its whole broker in
     # this process: messages are encoded, routed, answered once, and may time out.
@@ -101,31 +87,80 @@ async def measure(report: Report) -> None:
     )
 
 
-class Rivals:
-    """What one of them reached."""
+@dataclass(frozen=True)
+class Peer:
+    """One of them, and how many times better than it we want to be."""
 
-    def __init__(
-        self, tasks: float, one_by_one: float, questions_ms: list[float], tasks_of_a_thread: float | None
-    ) -> None:
-        self.tasks, self.one_by_one, self.questions_ms = tasks, one_by_one, questions_ms
-        self.tasks_of_a_thread = tasks_of_a_thread
+    rival: rivals.Rival
+    title: str
+    tasks: float | None = None
+    tasks_of_a_thread: float | None = None
+    questions: float | None = None
 
 
-def the_rivals() -> dict[str, Rivals]:
-    names = {"aiida": "AiiDA 2.9 ZeroMQ"} if rivals.has_aiida() else {}
-    if rivals.has_rabbitmq():
-        names["rabbitmq"] = "kiwipy + RabbitMQ"
-    reached = {}
-    with Services() as services:
-        for name, title in names.items():
-            with rivals.rival(services, name) as one:
-                body = BODY.decode()
-                many = one.tasks(body, IN_FLIGHT, SECONDS)
-                of_a_thread = one.tasks_of_a_thread(body, SECONDS / 2) if name == "rabbitmq" else None
-                reached[title] = Rivals(
-                    many, one.tasks(body, 1, SECONDS / 2), one.questions_ms(QUESTIONS // 4), of_a_thread
-                )
-    return reached
+@contextlib.asynccontextmanager
+async def the_rivals(services: Services) -> AsyncIterator[list[Peer]]:
+    """Those that can be measured here. We and they do the same by turns: the machine may change its mind."""
+    with contextlib.ExitStack() as stack:
+        peers = []
+        try:
+            if rivals.folder_of_aiida():
+                aiida = await asyncio.to_thread(stack.enter_context, rivals.rival(services, "aiida"))
+                peers.append(Peer(aiida, "AiiDA 2.9 ZeroMQ", tasks=5))
+            if rivals.has_rabbitmq():
+                kiwipy = await asyncio.to_thread(stack.enter_context, rivals.rival(services, "rabbitmq"))
+                peers.append(Peer(kiwipy, "kiwipy + RabbitMQ", tasks_of_a_thread=20, questions=5))
+            yield peers
+        finally:
+            await asyncio.to_thread(stack.close)
+
+
+async def many_tasks(report: Report, communicator: Communicator, peers: list[Peer]) -> None:
+    body, seconds = BODY.decode(), SECONDS / TASK_TURNS
+    ours, commits = list[float](), list[float]()
+    theirs = {peer.title: list[float]() for peer in peers}
+    by_a_thread = {peer.title: list[float]() for peer in peers if peer.tasks_of_a_thread}
+    for _ in range(TASK_TURNS):
+        rate, committed = await tasks(communicator, IN_FLIGHT, seconds)
+        ours.append(rate)
+        commits.append(committed)
+        for peer in peers:
+            theirs[peer.title].append(await asyncio.to_thread(peer.rival.tasks, body, IN_FLIGHT, seconds))
+            if peer.tasks_of_a_thread:
+                by_a_thread[peer.title].append(await asyncio.to_thread(peer.rival.tasks_of_a_thread, body, seconds))
+    rate = mean(ours)
+    report.add(f"durable tasks, {IN_FLIGHT} in flight ({mean(commits):,.0f} commits/s)", rate, "/s", limit=8000)
+    for peer in peers:
+        report.add(BESIDE, rate, "/s", mean(theirs[peer.title]), peer.title, aim=peer.tasks)
+        if peer.tasks_of_a_thread:
+            name = f"{peer.title}, its interface for threads"
+            report.add(BESIDE, rate, "/s", mean(by_a_thread[peer.title]), name, aim=peer.tasks_of_a_thread)
+
+
+async def tasks_one_by_one(report: Report, communicator: Communicator, peers: list[Peer]) -> None:
+    seconds = SECONDS / TASK_TURNS
+    ours, theirs = list[float](), {peer.title: list[float]() for peer in peers}
+    for _ in range(TASK_TURNS):
+        ours.append((await tasks(communicator, 1, seconds))[0])
+        for peer in peers:
+            theirs[peer.title].append(await asyncio.to_thread(peer.rival.tasks, BODY.decode(), 1, seconds))
+    report.add("durable tasks, each sent after the confirmation of the last", mean(ours), "/s")
+    for peer in peers:
+        report.add(BESIDE, mean(ours), "/s", mean(theirs[peer.title]), peer.title)
+
+
+async def questions(report: Report, communicator: Communicator, peers: list[Peer]) -> None:
+    ours, theirs = list[float](), {peer.title: list[float]() for peer in peers}
+    for _ in range(TURNS):
+        ours += await questions_ms(communicator, QUESTIONS // TURNS)
+        for peer in peers:
+            theirs[peer.title] += await asyncio.to_thread(peer.rival.questions_ms, QUESTIONS // TURNS)
+    for share, limit in ((0.5, 0.6), (0.99, 3.0)):
+        ms = percentile(ours, share)
+        report.add(f"RPC round trip, p{share * 100:.0f}", ms, "ms", limit=limit)
+        for peer in peers:
+            aim = peer.questions if share == 0.5 else None
+            report.add(BESIDE, ms, "ms", percentile(theirs[peer.title], share), peer.title, aim=aim)
 
 
 def consumer(*arguments: str) -> list[str]:
@@ -142,11 +177,11 @@ async def somebody_answers(communicator: Communicator, name: str) -> None:
                 await asyncio.sleep(LOOK_S)
 
 
-async def tasks(communicator: Communicator, in_flight: int) -> tuple[float, float]:
+async def tasks(communicator: Communicator, in_flight: int, seconds: float) -> tuple[float, float]:
     """Tasks and commits per second."""
     before = await communicator.statistics()
     begun = time.perf_counter()
-    end = begun + SECONDS
+    end = begun + seconds
     count = itertools.count()
 
     async def send() -> None:
@@ -248,9 +283,9 @@ with open(sys.argv[2], "wb", buffering=0) as file:
 """
 
 
-async def questions_ms(communicator: Communicator) -> list[float]:
+async def questions_ms(communicator: Communicator, number: int) -> list[float]:
     times = []
-    for _ in range(QUESTIONS):
+    for _ in range(number):
         begun = time.perf_counter()
         await communicator.rpc_send(ECHO, BODY)
         times.append((time.perf_counter() - begun) * 1e3)

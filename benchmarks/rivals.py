@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -38,10 +39,9 @@ LOOK_S = 0.005
 
 def load(module: str) -> Any:
     """A module of ``aiida.brokers.zeromq`` without the packages around it."""
-    spec = importlib.util.find_spec("aiida")
-    if spec is None or not spec.submodule_search_locations:
+    folder = folder_of_aiida()
+    if folder is None:
         raise ImportError("aiida-core is not installed")
-    folder = Path(spec.submodule_search_locations[0])
     for name in ("aiida", "aiida.brokers", "aiida.brokers.zeromq"):
         package = types.ModuleType(name)
         package.__path__ = [str(folder.joinpath(*name.split(".")[1:]))]
@@ -49,9 +49,11 @@ def load(module: str) -> Any:
     return importlib.import_module(f"aiida.brokers.zeromq.{module}")
 
 
-def has_aiida() -> bool:
-    """Whether its broker can be measured."""
-    return importlib.util.find_spec("aiida") is not None
+@functools.cache  # `load` takes the place of the package, which then can't be found any more
+def folder_of_aiida() -> Path | None:
+    """Where its package is; None: its broker can't be measured."""
+    spec = importlib.util.find_spec("aiida")
+    return None if spec is None or not spec.submodule_search_locations else Path(spec.submodule_search_locations[0])
 
 
 def has_rabbitmq() -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 import prunus
 from prunus.persistence.persister import Record
 from prunus.runtime.profile import Config, Profile
-from prunus.testing.ssh_server import SSHServer
+from prunus.testing import SSHServer
 from remote_job import RemoteJob
 
 HERE = Path(__file__).resolve().parent

@@ -29,6 +29,7 @@ arguments, so that an error of this tree survives the wire: `Failure.of` takes t
 
 from __future__ import annotations
 
+import copyreg
 import traceback as _traceback
 from collections.abc import Mapping
 from typing import Any
@@ -50,6 +51,9 @@ class PrunusError(Exception):
     def facts(self) -> dict[str, Any]:
         """The constructor's arguments by name, all of them JSON-like."""
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 # --- processes --------------------------------------------------------------------------------------
@@ -228,7 +232,11 @@ class ConnectionLostError(MessagingError):
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
-        super().__init__(f"no broker answers at {endpoint}; is the daemon running? (`prunus daemon status`)")
+        if endpoint.startswith("tcp://"):
+            advice = "does it run, and does the network let you reach its host?"
+        else:
+            advice = "is the daemon running? (`prunus daemon status`)"
+        super().__init__(f"no broker answers at {endpoint}; {advice}")
 
 
 class UnroutableError(MessagingError):
@@ -290,9 +298,13 @@ class ProtocolError(MessagingError):
 class MessageTooLargeError(MessagingError):
     """A message is over the limit; it was not sent."""
 
-    def __init__(self, size: int, limit: int) -> None:
-        self.size, self.limit = size, limit
-        super().__init__(f"a message of {size:,} bytes is over the limit of {limit:,}; keep the data in a file")
+    def __init__(self, size: int, limit: int, largest: str | None = None) -> None:
+        """`largest`: the part of a checkpoint that takes most of it, if it is one."""
+        self.size, self.limit, self.largest = size, limit, largest
+        what = f"a message of {size:,} bytes is"
+        if largest is not None:
+            what = f"{largest} is too much for a checkpoint: with it, {size:,} bytes are to be saved, which is"
+        super().__init__(f"{what} over the limit of {limit:,}; keep the data in a file")
 
 
 class DeadLetterError(MessagingError):
@@ -458,8 +470,8 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
         facts = error.facts() if isinstance(error, PrunusError) and kind.__name__ in _BY_NAME else {}
         return cls(
             type=name,
-            message=_speakable(message),
-            traceback=_speakable(text[-MAX_TRACEBACK_CHARS:]),
+            message=speakable(message),
+            traceback=speakable(text[-MAX_TRACEBACK_CHARS:]),
             cause=cls.of(cause, _depth + 1) if cause is not None and _depth < MAX_CAUSES else None,
             facts=facts,
         )
@@ -482,7 +494,8 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
         return f"{self.type.rpartition('.')[2]}: {self.message}" if self.message else self.type
 
 
-def _speakable(text: str) -> str:
+def speakable(text: str) -> str:
+    """`text` without what UTF-8 can't say, as in the name of a file that was written in another encoding."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -6,11 +6,14 @@ import asyncio
 import concurrent.futures
 import functools
 import gc
+import os
+import platform
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +23,15 @@ from typing import Any
 import kiwipy
 import pytest
 
+import prunus
 from prunus.compat import kiwipy as prunus_kiwipy
-from prunus.compat.kiwipy import PrunusCommunicator, codec
+from prunus.compat.kiwipy import PrunusCommunicator, codec, wire
 from prunus.compat.kiwipy import communicator as communicator_module
-from prunus.errors import ConnectionLostError, ProfileError, RemoteError
-from prunus.messaging import MAX_BODY_BYTES
+from prunus.errors import ConnectionLostError, ForkedProcessError, ProfileError, RemoteError
+from prunus.messaging import CONNECT_TIMEOUT_S, MAX_BODY_BYTES, QueueLimits
 from prunus.runtime.profile import Profile
 from tests.compat.parts import WAIT_S, Broker, Stack, result
+from tests.messaging.test_network import Server
 
 BROKER_PROGRAM = Path(__file__).parents[1] / "messaging" / "broker_program.py"
 
@@ -41,11 +46,15 @@ def depths(future: kiwipy.Future) -> int:
     return 1 + depths(value) if isinstance(value, kiwipy.Future) else 0
 
 
+def resolved(value: Any) -> kiwipy.Future:
+    future = kiwipy.Future()
+    future.set_result(value)
+    return future
+
+
 def nested(depth: int, innermost: kiwipy.Future) -> Any:
     for _ in range(depth - 1):
-        outer = kiwipy.Future()
-        outer.set_result(innermost)
-        innermost = outer
+        innermost = resolved(innermost)
     return innermost
 
 
@@ -84,6 +93,10 @@ def test_identifiers(communicator: PrunusCommunicator) -> None:
     assert communicator.rpc_send(made, 1).result(WAIT_S) == 1
     assert communicator.add_rpc_subscriber(echo, 5) == 5
     assert communicator.rpc_send(5, 2).result(WAIT_S) == 2
+    for add in (communicator.add_rpc_subscriber, communicator.add_task_subscriber):
+        assert [add(echo, 0), add(echo, "")] == [0, ""]
+    assert communicator.add_broadcast_subscriber(echo, 0) == 0
+    assert communicator.rpc_send(0, 3).result(WAIT_S) == 3
     assert made != communicator.add_rpc_subscriber(echo)
     with pytest.raises(kiwipy.DuplicateSubscriberIdentifier, match=made):
         communicator.add_rpc_subscriber(echo, made)
@@ -111,6 +124,30 @@ def test_nobody_listens(communicator: PrunusCommunicator) -> None:
         communicator.remove_rpc_subscriber("name")
 
 
+def test_rpc_subscribers_come_and_go(connect: Stack) -> None:
+    """An identifier is free again for whoever comes next."""
+    asked, asker = connect(), connect()
+    for answer in ("first", "second"):
+        asked.add_rpc_subscriber(lambda *_, answer=answer: answer, "name")
+        assert asker.rpc_send("name", None).result(WAIT_S) == answer
+        asked.remove_rpc_subscriber("name")
+        with pytest.raises(kiwipy.UnroutableError):
+            asker.rpc_send("name", None)
+
+
+def test_one_identifier_for_different_things(communicator: PrunusCommunicator) -> None:
+    """A subscriber of questions is in nobody's way who subscribes to tasks or broadcasts: kiwipy's `LocalCommunicator`
+    refuses it."""
+    heard: list[Any] = []
+    communicator.add_rpc_subscriber(lambda *_: "answer", "name")
+    communicator.add_task_subscriber(lambda *_: "done", "name")
+    communicator.add_broadcast_subscriber(lambda _, body, *_rest: heard.append(body), "name")
+    assert communicator.rpc_send("name", None).result(WAIT_S) == "answer"
+    assert communicator.task_send(None).result(WAIT_S) == "done"
+    communicator.broadcast_send("news")
+    assert heard == ["news"]
+
+
 def test_exchanges_are_apart(connect: Stack) -> None:
     """What is said on one is not heard on another, be it a question or a broadcast."""
     here, there = connect(message_exchange="a"), connect(message_exchange="ab")
@@ -127,7 +164,7 @@ def test_exchanges_are_apart(connect: Stack) -> None:
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3])
 @pytest.mark.parametrize("early", [True, False])
-@pytest.mark.parametrize("kind", ["question", "task"])
+@pytest.mark.parametrize("kind", ["question", "task", "task of a queue"])
 def test_futures_in_futures(connect: Stack, kind: str, depth: int, early: bool) -> None:
     """The sender gets one future for each that the subscriber returned, also before the last is resolved."""
     receiver, sender = connect(), connect()
@@ -138,9 +175,12 @@ def test_futures_in_futures(connect: Stack, kind: str, depth: int, early: bool) 
     if kind == "question":
         receiver.add_rpc_subscriber(lambda *_: answer, "name")
         future = sender.rpc_send("name", None)
-    else:
+    elif kind == "task":
         receiver.add_task_subscriber(lambda *_: answer)
         future = sender.task_send(None)
+    else:
+        receiver.task_queue("q").add_task_subscriber(lambda *_: answer)
+        future = sender.task_queue("q").task_send(None)
     if not early:
         for _ in range(depth):
             future = future.result(WAIT_S)
@@ -149,6 +189,17 @@ def test_futures_in_futures(connect: Stack, kind: str, depth: int, early: bool) 
         depth = 0
     assert depths(future) == depth
     assert result(future) == "value"
+
+
+def test_a_future_of_itself(communicator: PrunusCommunicator) -> None:
+    """It has no end, and is an error after as many futures as there may be."""
+    endless = kiwipy.Future()
+    endless.set_result(endless)
+    answers = {"endless": endless, "deepest": nested(wire.MAX_FUTURES, resolved("at last"))}
+    communicator.add_rpc_subscriber(lambda _, name: answers[name], "name")
+    assert result(communicator.rpc_send("name", "deepest")) == "at last"
+    with pytest.raises(kiwipy.RemoteException, match="more than 1000 futures, or of itself"):
+        result(communicator.rpc_send("name", "endless"))
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -233,11 +284,11 @@ def test_futures_of_an_event_loop(communicator: PrunusCommunicator, late: bool) 
 
 def test_coroutines_may_subscribe(communicator: PrunusCommunicator) -> None:
     """To anything, also if it is a plain function that returns one. A call that waits raises there at once."""
-    heard = kiwipy.Future()
+    heard, filtered = kiwipy.Future(), kiwipy.Future()
 
     async def answer(_: Any, message: Any) -> Any:
         await asyncio.sleep(0)
-        with pytest.raises(RuntimeError, match="wait for itself"):
+        with pytest.raises(RuntimeError, match="wait for itself: make the subscriber a plain `def`"):
             communicator.rpc_send("name", 1)
         if message is None:
             raise ZeroDivisionError("infinite")
@@ -246,15 +297,19 @@ def test_coroutines_may_subscribe(communicator: PrunusCommunicator) -> None:
     async def hear(_: Any, body: Any, *_rest: Any) -> None:
         heard.set_result(body)
 
+    async def hear_filtered(_: Any, body: Any, *_rest: Any) -> None:
+        filtered.set_result(body)
+
     communicator.add_rpc_subscriber(answer, "name")
     communicator.add_rpc_subscriber(lambda *arguments: answer(*arguments), "plain")
     communicator.add_task_subscriber(answer)
     communicator.add_broadcast_subscriber(hear)
+    communicator.add_broadcast_subscriber(kiwipy.BroadcastFilter(hear_filtered))
     assert communicator.rpc_send("name", 1).result(WAIT_S) == 1
     assert communicator.rpc_send("plain", 1).result(WAIT_S) == 1
     assert communicator.task_send(2).result(WAIT_S) == 2
     communicator.broadcast_send(3)
-    assert heard.result(WAIT_S) == 3
+    assert heard.result(WAIT_S) == filtered.result(WAIT_S) == 3
     for name in ("name", "plain"):
         with pytest.raises(kiwipy.RemoteException, match="infinite"):
             communicator.rpc_send(name, None).result(WAIT_S)
@@ -300,6 +355,30 @@ def test_calls_in_callbacks_of_futures(communicator: PrunusCommunicator) -> None
     assert second.result(WAIT_S) == 2
 
 
+def test_callbacks_that_wait_for_answers_need_no_free_thread(communicator: PrunusCommunicator) -> None:
+    """As many as run at once, and more: each gets the answer that it waits for, of futures in futures too."""
+    count = communicator_module.MAX_ANSWER_THREADS
+    go_on, all_ask, answers = threading.Event(), threading.Barrier(count), [kiwipy.Future() for _ in range(count + 4)]
+
+    def answer(_: Any, number: int) -> int:
+        go_on.wait(WAIT_S)
+        return number
+
+    def ask_again(first: kiwipy.Future) -> None:
+        number = first.result()
+        if number < count:
+            all_ask.wait(WAIT_S)
+        with kiwipy.capture_exceptions(answers[number]):
+            answers[number].set_result(result(communicator.rpc_send("later", number)))
+
+    communicator.add_rpc_subscriber(answer, "name")
+    communicator.add_rpc_subscriber(lambda _, number: resolved(resolved(-number)), "later")
+    for number in range(len(answers)):
+        communicator.rpc_send("name", number).add_done_callback(ask_again)
+    go_on.set()
+    assert [answer.result(WAIT_S) for answer in answers] == [-number for number in range(len(answers))]
+
+
 def test_one_at_a_time_and_in_order(connect: Stack) -> None:
     """One subscriber gets one message at a time, in the order in which they were sent; others do not wait for it."""
     receiver, sender = connect(), connect()
@@ -340,7 +419,7 @@ def test_who_was_asked_is_gone(connect: Stack) -> None:
     asked.add_rpc_subscriber(lambda *_: pending, "name")
     future = asker.rpc_send("name", None).result(WAIT_S)
     asked.close()
-    with pytest.raises(kiwipy.DeliveryFailed, match="may or may not"):
+    with pytest.raises(kiwipy.DeliveryFailed, match=r"^no answer came for 'name' on .* may or may not have happened$"):
         future.result(WAIT_S)
 
 
@@ -360,6 +439,26 @@ def test_nothing_is_kept_of_what_is_over(communicator: PrunusCommunicator) -> No
     statistics = communicator.call("statistics", communicator.communicator.statistics)
     assert (statistics.identifiers, statistics.questions) == (0, 0)
     assert all(queue.subscribers == queue.held == queue.ready == 0 for queue in statistics.queues.values())
+
+
+def test_errors_speak_of_what_one_knows(connect: Stack) -> None:
+    """Of identifiers and exchanges as they were given, not of names on the wire; each has a text."""
+    one, other = connect(message_exchange="an exchange"), connect(message_exchange="an exchange")
+    one.add_rpc_subscriber(echo, "na me")
+    with pytest.raises(kiwipy.UnroutableError, match=r"^nobody listens as 'no body' on the exchange 'an exchange'$"):
+        one.rpc_send("no body", None)
+    for communicator in (one, other):
+        with pytest.raises(
+            kiwipy.DuplicateSubscriberIdentifier,
+            match=r"^there is a subscriber 'na me' on the exchange 'an exchange' already$",
+        ):
+            communicator.add_rpc_subscriber(echo, "na me")
+    one.add_broadcast_subscriber(echo, "name")
+    with pytest.raises(kiwipy.DuplicateSubscriberIdentifier, match=r"^there is a subscriber 'name' already$"):
+        one.add_broadcast_subscriber(echo, "name")
+    one.close()
+    with pytest.raises(kiwipy.CommunicatorClosed, match=r"^this communicator was closed$"):
+        one.rpc_send("name", None)
 
 
 # --- values ---
@@ -418,6 +517,14 @@ def refuse(data: bytes) -> Any:
     raise LookupError("unreadable")
 
 
+def test_encoders_that_do_not_fit(connect: Stack) -> None:
+    """Who has another one is told what to do."""
+    asked, asker = connect(), connect(encoder=lambda value: b"\xc1", decoder=bytes)
+    asked.add_rpc_subscriber(echo, "name")
+    with pytest.raises(kiwipy.RemoteException, match="give all communicators the same encoder and decoder"):
+        asker.rpc_send("name", 1).result(WAIT_S)
+
+
 def test_what_can_not_be_decoded(connect: Stack) -> None:
     """Its sender gets the error: kiwipy never answers, and keeps the slot of a task."""
     receiver, sender = connect(decoder=refuse), connect()
@@ -471,6 +578,18 @@ def test_a_task_waits_for_somebody(connect: Stack) -> None:
     receiver.add_task_subscriber(work)
     assert future.result(WAIT_S) == "done"
     assert tasks == [(receiver, "work")]
+
+
+def test_a_task_that_is_not_taken(communicator: PrunusCommunicator) -> None:
+    """Whatever the reason is, nobody rejected it: kiwipy says so of any failure to send."""
+    queue = communicator.task_queue("q")
+    peer, limits = communicator.communicator, QueueLimits(max_length=1)
+    communicator.call("configure_queue", lambda: peer.configure_queue(wire.queue_name("q"), limits))
+    queue.task_send(0, no_reply=True)
+    for no_reply in (True, False):
+        with pytest.raises(kiwipy.DeliveryFailed, match="which is its limit"):
+            queue.task_send(1, no_reply)
+    assert communicator._chains == {}
 
 
 def test_no_reply(communicator: PrunusCommunicator) -> None:
@@ -781,14 +900,14 @@ def test_queues_have_their_own_tasks(connect: Stack) -> None:
 def test_a_broadcast(connect: Stack) -> None:
     """All who listen get the body, the sender, the subject and the correlation id, as they were."""
     sender, other = connect(), connect()
-    futures = [kiwipy.Future(), kiwipy.Future()]
-    sender.add_broadcast_subscriber(lambda *arguments: futures[0].set_result(arguments))
-    other.add_broadcast_subscriber(lambda *arguments: futures[1].set_result(arguments))
+    listeners, futures = [sender, sender, other], [kiwipy.Future() for _ in range(3)]
+    for listener, future in zip(listeners, futures, strict=True):
+        listener.add_broadcast_subscriber(lambda *arguments, future=future: future.set_result(arguments))
     message = {"body": {"a": (1,)}, "sender": uuid.UUID(int=1), "subject": "s", "correlation_id": 7}
     assert sender.broadcast_send(**message) is True
     heard = [future.result(WAIT_S) for future in futures]
-    assert [arguments[1:] for arguments in heard] == [tuple(message.values())] * 2
-    assert [arguments[0] for arguments in heard] == [sender, other]
+    assert [arguments[1:] for arguments in heard] == [tuple(message.values())] * 3
+    assert [arguments[0] for arguments in heard] == listeners
 
 
 def test_nobody_hears_a_broadcast(communicator: PrunusCommunicator) -> None:
@@ -863,8 +982,10 @@ def test_a_broadcast_in_a_subscriber_of_broadcasts(connect: Stack, monkeypatch: 
     assert done.result(WAIT_S) == 10
 
 
-SUBJECTS = [None, "purchase.car", "purchase.piano", "purchaser", "sell.car", "a.purchase.car"]
-SENDERS = [None, "bob.jones", "alice.jones", "bob.smith", 5, 6]
+LONG = 300 * "purchase."
+"""More than goes into a name."""
+SUBJECTS = [None, "purchase.car", "purchase.piano", "purchaser", "sell.car", "a.purchase.car", LONG, 400 * "*"]
+SENDERS = [None, "bob.jones", "alice.jones", "bob.smith", 300 * "bob.", 5, 6, 10**600]
 
 
 @pytest.mark.parametrize(
@@ -878,6 +999,8 @@ SENDERS = [None, "bob.jones", "alice.jones", "bob.smith", 5, 6]
         (["*.jones"], ["*.car"]),
         ([5], []),
         ([5], ["purchase.*", "sell.*"]),
+        (["bob.*"], ["purchase.*"]),
+        ([10**600], [LONG]),
         ([], [re.compile("^(?!purchase).*")]),
         ([re.compile("(bob|alice)[.]jones")], ["purchase.[cp]"]),
         (["bob.*", "alice.jones"], [re.compile("purchase")]),
@@ -963,16 +1086,27 @@ def test_closing(connect: Stack) -> None:
         queue = communicator.task_queue("q")
         pending = kiwipy.Future()
         connect().add_rpc_subscriber(lambda *_: pending, "name")
-        waiting = [queue.task_send(1), communicator.rpc_send("name", 1).result(WAIT_S)]
+        own = communicator.add_rpc_subscriber(lambda *_: pending)
+        waiting = [queue.task_send(1), *(communicator.rpc_send(one, 1).result(WAIT_S) for one in ("name", own))]
         loop = communicator.loop()
         assert loop.is_running()
     assert communicator.is_closed()
     communicator.close()
     queue.close()
     for future in waiting:
-        with pytest.raises(kiwipy.CommunicatorClosed):
+        with pytest.raises(kiwipy.CommunicatorClosed, match=r"^this communicator was closed$"):
             future.result(WAIT_S)
     assert loop.is_closed()
+
+
+def test_what_was_asked_before_closing_is_still_answered(connect: Stack) -> None:
+    """Whoever was asked has the question when the call returns, be it the one who leaves."""
+    for _ in range(20):
+        asked = kiwipy.Future()
+        with connect() as communicator:
+            communicator.add_rpc_subscriber(lambda _, message, asked=asked: asked.set_result(message), "name")
+            communicator.rpc_send("name", "question")
+        assert asked.result(0) == "question"
 
 
 def test_a_task_that_is_being_done_when_the_communicator_is_closed(connect: Stack) -> None:
@@ -1013,6 +1147,41 @@ def test_a_subscriber_may_close_its_communicator(connect: Stack) -> None:
     assert communicator.is_closed()
 
 
+def test_ctrl_c_while_it_closes(connect: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever does not want to wait for a subscriber that is being called: it is closed all the same."""
+    communicator = connect(async_task_timeout=WAIT_S)
+    waiting = communicator.task_send(None)
+    main = threading.main_thread().ident
+    assert main is not None
+
+    async def interrupt(_wait: bool) -> None:
+        signal.pthread_kill(main, signal.SIGINT)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(communicator, "_before_close", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        communicator.close()
+    assert communicator.is_closed()
+    with pytest.raises(kiwipy.CommunicatorClosed):
+        result(waiting)
+
+
+def test_after_a_fork_the_child_has_none(communicator: PrunusCommunicator) -> None:
+    """There every use raises; leaving it does nothing."""
+    communicator.add_rpc_subscriber(echo, "name")
+    child = os.fork()
+    if child == 0:
+        try:
+            communicator.rpc_send("name", 1)
+        except ForkedProcessError:
+            communicator.close()
+            os._exit(7)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert communicator.rpc_send("name", 1).result(WAIT_S) == 1
+
+
 def test_closing_in_the_loop(communicator: PrunusCommunicator) -> None:
     """It would wait for itself: it says so, and goes on."""
 
@@ -1036,6 +1205,32 @@ def test_a_script_that_does_not_close(broker: Broker) -> None:
     command = [sys.executable, "-c", script, broker.endpoint]
     done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=True)
     assert (done.stdout, done.stderr) == ("well\n", "")
+
+
+def test_a_program_does_not_wait_for_its_subscribers(broker: Broker) -> None:
+    """Nor for callbacks of futures: what never returns does not keep it from ending."""
+    script = (
+        "import sys, threading\nfrom prunus.compat import kiwipy\n"
+        "communicator = kiwipy.connect(sys.argv[1], async_task_timeout=0.1)\nbegun = threading.Barrier(3)\n"
+        "def stay(*_):\n    begun.wait()\n    threading.Event().wait()\n"
+        "communicator.add_rpc_subscriber(stay, 'name')\ncommunicator.rpc_send('name', None)\n"
+        "communicator.add_rpc_subscriber(lambda *_: go_on.wait(), 'later')\ngo_on = threading.Event()\n"
+        "communicator.rpc_send('later', None).add_done_callback(stay)\ngo_on.set()\n"
+        "begun.wait()\nif sys.argv[2] == 'close':\n    communicator.close()\nprint('the end')"
+    )
+    for end in ("close", "leave"):
+        command = [sys.executable, "-c", script, broker.endpoint, end]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=True)
+        assert (done.stdout, done.stderr) == ("the end\n", "")
+
+
+async def test_in_a_notebook(broker: Broker) -> None:
+    """There an event loop runs already, in the thread of the cells."""
+    with prunus_kiwipy.connect(broker.endpoint) as communicator:
+        communicator.add_rpc_subscriber(echo, "name")
+        assert communicator.rpc_send("name", "hello").result(WAIT_S) == "hello"
+        communicator.add_task_subscriber(echo)
+        assert communicator.task_send("task").result(WAIT_S) == "task"
 
 
 def test_close_callbacks(connect: Stack) -> None:
@@ -1068,8 +1263,9 @@ def test_close_callbacks(connect: Stack) -> None:
 def test_server_properties(communicator: PrunusCommunicator) -> None:
     """Those that kiwipy has; the broker is no RabbitMQ and does not say so."""
     properties = communicator.server_properties
-    assert properties["product"] == b"Prunus"
-    assert properties.keys() == {"product", "version", "platform"}
+    assert properties["product"] == "Prunus"
+    assert properties["version"] == prunus.__version__
+    assert properties["platform"].startswith(platform.python_implementation())
     assert "kiwipy" in repr(communicator)
 
 
@@ -1114,7 +1310,9 @@ def test_the_broker_is_started_anew(connect: Stack, broker: Broker) -> None:
     broker.start()
     assert result(future) == "done meanwhile"
     assert runs == ["work"]
-    assert [isinstance(one.result(WAIT_S), ConnectionLostError) for one in lost] == [True, True]
+    for error in (one.result(WAIT_S) for one in lost):
+        assert isinstance(error, ConnectionError)
+        assert str(error) == f"the broker at {broker.endpoint} was lost for a while; it is back"
     assert sender.rpc_send("name", 1).result(WAIT_S) == 1
     sender.broadcast_send(2, subject="a.b")
     assert heard.result(WAIT_S) == 2
@@ -1161,6 +1359,26 @@ def test_the_broker_is_killed(short_folder: Path) -> None:
         sender.close()
 
 
+def test_a_subscription_that_took_too_long_is_none(short_folder: Path) -> None:
+    """When the broker answers again its identifier is free: kiwipy's may be taken, by nobody whom one could remove."""
+    endpoint = f"ipc://{short_folder}/run/s"
+    with (
+        broker_process(short_folder / "b.db", endpoint) as broker,
+        prunus_kiwipy.connect(endpoint) as other,
+        prunus_kiwipy.connect(endpoint, async_task_timeout=0.1) as hasty,
+    ):
+        broker.send_signal(signal.SIGSTOP)
+        with pytest.raises(kiwipy.TimeoutError, match="add_rpc_subscriber"):
+            hasty.add_rpc_subscriber(echo, "name")
+        broker.send_signal(signal.SIGCONT)
+        hasty.timeout_s = WAIT_S
+        hasty.broadcast_send(None)  # what was said before has happened now
+        with pytest.raises(kiwipy.UnroutableError):
+            other.rpc_send("name", None)
+        other.add_rpc_subscriber(echo, "name")
+        assert hasty.rpc_send("name", "well").result(WAIT_S) == "well"
+
+
 # --- connecting ---
 
 
@@ -1177,10 +1395,22 @@ def test_connecting_to_a_profile(short_folder: Path, monkeypatch: pytest.MonkeyP
         prunus_kiwipy.connect(short_folder / "nothing")
 
 
-def test_connecting_to_nothing(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunus.messaging.CONNECT_TIMEOUT_S", 0.1)
-    with pytest.raises((ConnectionLostError, ProfileError)):
+@pytest.mark.parametrize("kind", [kiwipy.TimeoutError, ConnectionError])
+def test_connecting_to_nothing(short_folder: Path, kind: type[Exception]) -> None:
+    """It is an error of kiwipy's, and as well the one of the library under it; it comes when the time given is over."""
+    began = time.monotonic()
+    with pytest.raises(kind, match=r"no broker answers at .*/nobody; is the daemon running") as error:
+        prunus_kiwipy.connect(f"ipc://{short_folder}/nobody", async_task_timeout=0.1)
+    assert isinstance(error.value.__cause__, ConnectionLostError)
+    assert time.monotonic() - began < CONNECT_TIMEOUT_S
+
+
+def test_connecting_with_impossible_options() -> None:
+    with pytest.raises(ProfileError, match="no endpoint of a broker"):
         prunus_kiwipy.connect("tcp://127.0.0.1:1")
+    with pytest.raises(ProfileError, match="is that of a RabbitMQ") as error:
+        prunus_kiwipy.connect("amqp://guest:secret@localhost/")
+    assert "secret" not in str(error.value)
     with pytest.raises(ValueError, match="prefetch_size"):
         prunus_kiwipy.connect("ipc:///nowhere", task_prefetch_size=1)
     with pytest.raises(ValueError, match="prefetch_count"):
@@ -1193,6 +1423,18 @@ def test_connecting_with_what_is_no_key(short_folder: Path) -> None:
     file.write_text("no key")
     with pytest.raises(ProfileError, match=r"laptop\.key"):
         prunus_kiwipy.connect(file)
+
+
+def test_connecting_with_a_key_that_is_refused(short_folder: Path) -> None:
+    """It is no matter of time, and the text says whom to ask."""
+    server = Server(short_folder)
+    try:
+        server.key("mine")
+        server.keys.revoke("mine")
+        with pytest.raises(ConnectionRefusedError, match="ask its owner for a key"):
+            prunus_kiwipy.connect(short_folder / "mine.key", async_task_timeout=WAIT_S)
+    finally:
+        server.close()
 
 
 def test_testing_mode(connect: Stack) -> None:

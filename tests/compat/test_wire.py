@@ -104,6 +104,16 @@ def test_names_of_exchanges_are_never_mixed_up() -> None:
     assert not matcher(wire.patterns("*", print)[0][1])(wire.subject_name("a", "x"))
 
 
+@pytest.mark.parametrize("depth", [-1, wire.MAX_FUTURES + 1, 10**12])
+def test_no_message_makes_more_futures_than_there_may_be(depth: int) -> None:
+    for message, unpack in (
+        (wire.Pending(1, depth), wire.unpack_pending),
+        (wire.Reply("result", depth), wire.unpack_reply),
+    ):
+        with pytest.raises(ProtocolError):
+            unpack(wire.pack(message))
+
+
 @given(st.binary())
 def test_other_bytes_are_a_protocol_error(data: bytes) -> None:
     for unpack in (wire.unpack_envelope, wire.unpack_reply, wire.unpack_pending):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import msgspec
 import pytest
 
@@ -63,6 +65,16 @@ def test_an_error_of_the_tree_survives_the_wire(error: errors.PrunusError) -> No
     assert type(again) is type(error)
     assert str(again) == str(error)
     assert again.facts() == error.facts()
+
+
+@pytest.mark.parametrize(
+    "error", [*EXAMPLES, errors.RemoteError(Failure("ValueError", "no"))], ids=lambda error: type(error).__name__
+)
+def test_an_error_of_the_tree_can_be_pickled(error: errors.PrunusError) -> None:
+    """A program that computes in several processes of its own may return it, or raise it there."""
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert (str(again), again.args, again.facts()) == (str(error), error.args, error.facts())
 
 
 def test_every_error_of_the_tree_has_an_example() -> None:

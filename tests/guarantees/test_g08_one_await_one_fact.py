@@ -116,6 +116,7 @@ async def test_a_communicator_answers_with_facts(tmp_path: Path) -> None:
             "blob_get": lambda: communicator.blob_get(blob),
             "blob_save": lambda: communicator.blob_save(blob, tmp_path / "blob"),
             "close": communicator.close,
+            "ended": communicator.ended,
         }
         blob = await other.blob_put(b"large")
         subscription = await other.add_task_subscriber(work, queue="other", credit=1)

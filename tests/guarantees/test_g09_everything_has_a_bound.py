@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prunus import errors
+from prunus import Process, errors
 from prunus.messaging.communicator import MAX_BODY_BYTES
 from prunus.persistence.persister import (
     KEPT_STEPS,
@@ -52,6 +52,44 @@ async def test_an_input_that_is_too_large_is_refused_before_it_is_sent() -> None
             await daemon.controller.launch(workflows.Journal, {"file": "x" * (MAX_BODY_BYTES + 2**21)})
         assert caught.value.size > caught.value.limit
         assert not await daemon.controller.find()
+
+
+@pytest.mark.parametrize(
+    ("process_class", "inputs", "named"),
+    [
+        (workflows.Heavy, {"what": "output"}, r"outputs\.thing \(17,825,797 bytes\)"),
+        (workflows.Heavy, {"what": "result"}, r"state\.result"),
+        (workflows.Heavy, {"what": "effect"}, r"done\.compute"),
+        (workflows.Heavy, {"what": "argument"}, r"state\.args"),
+        (workflows.Heavy, {"what": "log"}, "its log"),
+        (workflows.HeavyContext, {}, r"context\.points"),
+    ],
+)
+async def test_what_is_too_large_for_a_checkpoint_excepts_the_process(
+    process_class: type[Process], inputs: dict[str, str], named: str
+) -> None:
+    """What it is, how large it is and what to do is in its error; it is not set aside."""
+    async with LocalDaemon() as daemon:
+        handle = await daemon.controller.launch(process_class, inputs)
+        with pytest.raises(errors.ProcessExceptedError, match=f"{named}.*keep the data in a file"):
+            await handle.result()
+        record = await handle.record()
+        assert (record.aside, record.owner) == (None, None)
+
+
+async def test_a_parent_learns_of_a_child_that_was_too_large_for_its_checkpoint() -> None:
+    """It does not wait for ever."""
+    async with LocalDaemon() as daemon:
+        handle = await daemon.controller.launch(workflows.Carrier)
+        assert "outputs.thing" in (await handle.result()).outputs.heard
+
+
+async def test_a_parent_whose_children_are_too_large_together_excepts() -> None:
+    """What they came to reaches it, and is then too large for its own checkpoint: it does not wait for ever."""
+    async with LocalDaemon() as daemon:
+        handle = await daemon.controller.launch(workflows.Convoy)
+        with pytest.raises(errors.ProcessExceptedError, match=r"state\.args.*keep the data in a file"):
+            await handle.result()
 
 
 async def test_a_body_of_one_byte_too_many_is_refused() -> None:

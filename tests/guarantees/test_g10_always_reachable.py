@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from prunus import errors
+from prunus.messaging.communicator import IncomingTask
+from prunus.runtime.backend import Backend
 from prunus.runtime.controller import ProcessHandle
 from prunus.testing.local_daemon import LocalDaemon
 from tests.runtime import features, workflows
@@ -125,6 +127,129 @@ async def test_control_that_asks_nothing_of_a_running_step_does_not_wait_for_it(
         assert len((tmp_path / "begun").read_text().splitlines()) == 2, "the step was run once, and cleaned up"
 
 
+async def created(daemon: LocalDaemon, folder: Path) -> ProcessHandle:
+    """It was never begun: nobody takes its queue."""
+    return await daemon.controller.launch(workflows.Rent, {"returned": str(folder / "returned")}, queue="nobody")
+
+
+async def created_paused(daemon: LocalDaemon, folder: Path) -> ProcessHandle:
+    return await daemon.controller.launch(workflows.Ask, paused=True)
+
+
+def tasks_of(daemon: LocalDaemon) -> list[str]:
+    return [key for [key] in daemon.connection.execute("SELECT key FROM broker_task WHERE outcome IS NULL")]
+
+
+@pytest.mark.parametrize("make", [created, created_paused, parked, paused, waiting_for_a_child])
+async def test_a_kill_needs_no_worker(make: Making, tmp_path: Path) -> None:
+    """What nobody can take is killed by the broker, in the commit of the kill, and all below it too."""
+    async with LocalDaemon(workers=1) as daemon:
+        handle = await make(daemon, tmp_path)
+        await daemon.stop_worker("worker-1")
+        before = await handle.record()
+        await handle.kill("enough")
+        record = await handle.record()
+        assert (record.state, record.play, record.owner, record.epoch > before.epoch) == (
+            "killed",
+            "playing",
+            None,
+            True,
+        )
+        history = [event for event in await handle.history() if event.subject == f"{before.state}.killed"]
+        assert [(event.note, event.by) for event in history] == [("enough", "broker")]
+        assert [row.state for row in await daemon.controller.processes(unfinished=True).records()] == []
+        assert tasks_of(daemon) == []
+        with pytest.raises(errors.ProcessKilledError, match="enough"):
+            await handle.result()
+
+
+async def test_a_killed_process_keeps_the_outputs_that_it_has(tmp_path: Path) -> None:
+    """Also if nothing of its code was there; by force its last step is left out."""
+    async with LocalDaemon(workers=1) as daemon:
+        handle = await daemon.controller.launch(workflows.Rent, {"returned": str(tmp_path / "returned")})
+        await until(handle, lambda row: row.state == "waiting" and row.owner is None)
+        await daemon.stop_worker("worker-1")
+        await handle.kill("now", force=True)
+        outcome = await handle.outcome()
+        assert outcome is not None
+        assert (outcome.outputs.flat, outcome.exit_message) == (Path("a/flat"), "now")
+        assert not (tmp_path / "returned").exists()
+
+
+async def test_a_last_step_waits_for_a_worker_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was begun elsewhere is given back, whenever the next worker comes."""
+    async with LocalDaemon(workers=1) as daemon:
+        handle = await daemon.controller.launch(workflows.Rent, {"returned": str(tmp_path / "returned")})
+        await until(handle, lambda row: row.state == "waiting" and row.owner is None)
+        await daemon.stop_worker("worker-1")
+        killing = asyncio.create_task(handle.kill("now"))
+        await until(handle, lambda row: row.inbox_last == 1)
+        assert (await handle.record()).state == "waiting"
+        await daemon.start_worker("worker-2")
+        await killing
+        assert (tmp_path / "returned").read_text() == "now\n"
+    [said] = [record.getMessage() for record in caplog.records if record.name == "prunus.runtime.selection"]
+    assert said.startswith("no worker runs: the kill of 1 process is kept until one does")
+    assert said.endswith("a kill by force does without")
+
+
+async def test_many_are_told_at_once_that_no_worker_runs(caplog: pytest.LogCaptureFixture) -> None:
+    """Once for all of them; a letter that was read is no matter."""
+    async with LocalDaemon(workers=0) as daemon:
+        await daemon.controller.launch_many([(workflows.Ask, None)] * 3)
+        pausing = asyncio.create_task(daemon.controller.pause_all())
+        while not any(row.inbox_last for row in await daemon.controller.find()):
+            await asyncio.sleep(0)
+        await daemon.start_worker("worker-1")
+        assert len(await pausing) == 3
+    assert [record.getMessage() for record in caplog.records if record.name == "prunus.runtime.selection"] == [
+        "no worker runs: the pause of 3 processes is kept until one does (`prunus daemon start`)"
+    ]
+
+
+@pytest.mark.parametrize("gone", ["killed", "closed"])
+@pytest.mark.parametrize("is_held", [True, False])
+async def test_a_kill_that_the_last_worker_did_not_read_is_done_when_it_is_gone(gone: str, is_held: bool) -> None:
+    """It holds the process, or was just about to take it for its letter: nobody else will."""
+    async with LocalDaemon(workers=0) as daemon:
+        worker = await daemon.broker.connect(name="worker-1")
+        taken = asyncio.Event()
+
+        async def never_reads(_: IncomingTask) -> None:
+            taken.set()
+            await asyncio.Event().wait()
+
+        await worker.add_task_subscriber(never_reads, queue="control")
+        handle = await daemon.controller.launch(workflows.Ask)
+        if is_held:
+            await Backend(worker).persister.claim(handle.pid, worker.session, at=0.0)
+        killing = asyncio.create_task(handle.kill("enough"))
+        await until(handle, lambda row: row.inbox_last == 1)
+        if not is_held:
+            await taken.wait()
+        assert (await handle.record()).state == "created"
+        if gone == "killed":
+            daemon.broker.kill(worker)
+        await worker.close()
+        await killing
+        assert (await handle.record()).state == "killed"
+        assert tasks_of(daemon) == []
+
+
+async def test_a_process_that_has_ended_leaves_no_task_behind() -> None:
+    """That for its next step was in a queue that nobody takes; a worker read the kill from the control lane."""
+    async with LocalDaemon(workers=1) as daemon:
+        handle = await daemon.controller.launch(workflows.Ask, queue="nobody")
+        communicator = daemon.controller.communicator
+        await communicator.task_send(b"", queue="elsewhere", key=handle.pid)
+        assert [task.queue for task in await communicator.tasks()] == ["nobody", "elsewhere"]
+        await handle.kill()
+        left = [task.queue for task in await communicator.tasks(place="ready")]
+        assert left == ["elsewhere"], "what somebody else has sent stays"
+
+
 SLOW_MODULE = """
 import asyncio, pathlib, time
 from prunus import Process
@@ -168,11 +293,11 @@ async def test_control_waits_for_a_worker_and_is_not_lost(tmp_path: Path) -> Non
     async with LocalDaemon(workers=1) as daemon:
         handle = await parked(daemon, tmp_path)
         await daemon.stop_worker("worker-1")
-        killing = asyncio.create_task(handle.kill("late"))
+        pausing = asyncio.create_task(handle.pause("late"))
         await until(handle, lambda row: row.inbox_last > row.inbox_done)
         await daemon.start_worker("worker-2")
-        await killing
-        assert (await handle.record()).state == "killed"
+        await pausing
+        assert (await handle.record()).play == "paused"
 
 
 @pytest.mark.parametrize("quiesced", [True, False])

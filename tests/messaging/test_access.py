@@ -42,6 +42,7 @@ from prunus.messaging.messages import (
     TaskSend,
     TaskSubscribe,
     TaskUnsubscribe,
+    Unwelcome,
     Violation,
     Welcome,
     decode_from_broker,
@@ -192,9 +193,9 @@ def test_a_session_belongs_to_its_key(broker: Broker) -> None:
     """Another key can't speak as a session that it knows the name of, and its owner notices nothing."""
     owner, thief = (Principal("mine", W), 1), (Principal("other", OWN), 2)
     broker.say(owner, Hello(session="s", peer=Peer(), queues=(("q", 1),), secret="x"))
-    [violation] = broker.say(thief, Hello(session="s", peer=Peer(), secret="x"))
-    assert isinstance(violation, Violation)
-    assert "came with another key" in violation.reason
+    [unwelcome] = broker.say(thief, Hello(session="s", peer=Peer(), secret="x"))
+    assert isinstance(unwelcome, Unwelcome)
+    assert "came with another key" in unwelcome.failure.message
     sends = broker.exchange.process(2.0, [(owner, encode(TaskSend(id=1, task="t", body=b"", queue="q")))])
     assert {route for route, _ in sends} == {owner}
     again = Principal("mine", W), 3

@@ -71,10 +71,10 @@ def test_tasks(communicator: BlockingCommunicator) -> None:
     good = communicator.task_send(b"ab", queue="q", want_result=True)
     bad = communicator.task_send(b"bad", queue="q", want_result=True)
     assert good.stored
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match=rf"{good.id} was not there within 0 s; it can be asked for again"):
         good.result(timeout_s=0)
     go_on.set()
-    assert good.result(PATIENCE_S) == good.result() == b"abab"
+    assert good.result(PATIENCE_S) == good.result() == good.result(timeout_s=0) == b"abab"
     with pytest.raises(RemoteError, match="KeyError"):
         bad.result(PATIENCE_S)
     subscription.set_credit(0)
@@ -101,6 +101,17 @@ def test_fetching_tasks(communicator: BlockingCommunicator) -> None:
     communicator.next_task().fail(ValueError("no"))
     with pytest.raises(RemoteError, match="no"):
         receipt.result(PATIENCE_S)
+
+
+def test_a_call_acknowledges_a_fetched_task(communicator: BlockingCommunicator) -> None:
+    """Its place is given up: nothing more comes here for it, and the next task stays where it is."""
+    first, second = communicator.task_send(b"1", want_result=True), communicator.task_send(b"2")
+    taken = communicator.next_task()
+    assert communicator.call([], acks=[taken]) == []
+    assert first.result(PATIENCE_S) == b""
+    assert communicator.communicator._deliveries.lanes == {}
+    [task] = communicator.tasks()
+    assert (task.id, task.place) == (second.id, "ready")
 
 
 def test_questions_and_broadcasts(communicator: BlockingCommunicator) -> None:

@@ -565,6 +565,33 @@ def test_a_sender_that_was_taken_for_dead_does_not_wait_for_ever(bench: Bench, j
     assert outcomes(sends) == [("ann", task, b"42")]
 
 
+def test_results_that_are_large_together_are_told_bit_by_bit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a `Hello` as much as can be on its way, and more when that was read; what was seen meanwhile is not."""
+    monkeypatch.setattr(broker, "MAX_GIVEN_BYTES", 1)
+    reads = True
+    bench.core.is_stuck = lambda session: not reads
+    names = tuple(f"t{number}" for number in range(1, 5))
+    for number in range(1, 5):
+        [(_, held)] = bench.deliveries(bench.say("ann", send(number, want_result=True)))
+        bench.say("bob", TaskAck(id=number, task=held.task, epoch=held.epoch, outcome=b"done"))
+    assert [task for _, task, _ in outcomes(bench.hello("ann", awaited=names))] == ["t1"]
+    assert bench.core.due() <= bench.now
+    reads = False
+    assert bench.core.due() > bench.now
+    assert outcomes(bench.take(bench.core.go_on())) == []
+    bench.say("ann", ResultSeen(task="t2"))
+    reads = True
+    assert outcomes(bench.take(bench.core.go_on())) == [("ann", "t3", b"done")]
+    bench.core.disconnected("ann")
+    assert outcomes(bench.take(bench.core.go_on())) == []
+    assert outcomes(bench.hello("ann", awaited=("t3", "t4"))) == [("ann", "t3", b"done")]
+    assert outcomes(bench.take(bench.core.go_on())) == [("ann", "t4", b"done")]
+    assert bench.core.due() > bench.now
+    bench.hello("ann", awaited=("t3", "t4"))
+    bench.core.expired("ann")
+    assert bench.core.go_on() == []
+
+
 def test_a_result_for_nobody_is_not_kept(bench: Bench) -> None:
     """If its receiver is gone, or no longer waits, the result goes with the task."""
     for number, away in enumerate((lambda: bench.take(bench.core.expired("ann")), lambda: bench.hello("ann"))):
@@ -624,6 +651,26 @@ def test_the_one_who_was_asked_is_gone(bench: Bench) -> None:
     assert isinstance(refused, Refused)
     assert isinstance(refused.failure.to_exception(), IndeterminateError)
     assert bench.core.statistics().questions == 0
+
+
+def test_questions_that_are_large_together_are_said_again_bit_by_bit(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As much as can be on its way, and more when that was read; what was answered meanwhile is not."""
+    monkeypatch.setattr(broker, "MAX_GIVEN_BYTES", 1)
+    bench.say("bob", RpcSubscribe(id=1, identifier="name"))
+    for number in range(1, 5):
+        bench.say("ann", ask(number))
+    again = {"identifiers": (("name", EPOCH),)}
+
+    def asked(sends: list[tuple[str, BrokerMessage]]) -> list[int]:
+        return [message.id for _, message in sends if isinstance(message, RpcDelivery)]
+
+    assert asked(bench.hello("bob", **again)) == [1]
+    bench.say("bob", RpcAnswer(caller="ann", id=2, outcome=b"!"))
+    assert asked(bench.take(bench.core.go_on())) == [3]
+    assert asked(bench.hello("bob", **again)) == [1]
+    assert [asked(bench.take(bench.core.go_on())) for _ in range(3)] == [[3], [4], []]
 
 
 def test_a_question_is_said_again_to_one_who_came_back(bench: Bench) -> None:

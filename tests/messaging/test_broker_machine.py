@@ -40,7 +40,7 @@ from prunus.messaging.messages import (
     TaskStored,
     TaskSubscribe,
     TaskUnsubscribe,
-    Violation,
+    Unwelcome,
     Welcome,
     decode_from_broker,
 )
@@ -237,7 +237,7 @@ class BrokerMachine(RuleBasedStateMachine):
         assert self.core.refusal(hello) is not None
         [answer] = self.core.handle(self.now, name, hello)
         assert isinstance(answer, Send)
-        assert isinstance(answer.message, Violation)
+        assert isinstance(answer.message, Unwelcome)
         assert self._counts() == before
 
     @rule(name=NAMES, queue=QUEUES, pattern=PATTERNS, credit=st.none() | st.integers(0, 3))

@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from prunus.errors import (
     BusyError,
+    Failure,
     IndeterminateError,
+    KeyRefusedError,
     MessageTooLargeError,
     NotDeliveredError,
     ProtocolError,
+    PrunusError,
     UnroutableError,
 )
 from prunus.messaging import client
 from prunus.messaging.client import (
     HEARTBEAT_S,
     PATIENCE_S,
+    REFUSED_PAUSE_S,
     SILENCE_S,
     WELCOME_S,
     Answered,
     ClientCore,
+    Ended,
     Event,
     Failed,
     NameTaken,
     Reconnect,
     TaskLost,
+    TurnedAway,
     Up,
 )
 from prunus.messaging.messages import (
     LEASE_S,
+    MAGIC,
     MAX_FRAME_BYTES,
+    MAX_HELD_BYTES,
+    MAX_NAME_CHARS,
+    PROTOCOL,
     Alive,
     BroadcastSubscribe,
     BroadcastUnsubscribe,
@@ -46,6 +59,7 @@ from prunus.messaging.messages import (
     HelloNeeded,
     Peer,
     Refused,
+    Request,
     ResultSeen,
     RpcAnswer,
     RpcDelivery,
@@ -61,8 +75,10 @@ from prunus.messaging.messages import (
     TaskStored,
     TaskSubscribe,
     TaskUnsubscribe,
+    Unwelcome,
     Violation,
     Welcome,
+    bytes_in_hello,
     decode_from_client,
     encode,
     outcome_of,
@@ -324,6 +340,101 @@ def test_a_call_that_acknowledges(line: Line) -> None:
         assert line.core.held == held
 
 
+# --- who is refused ---
+
+
+BUSY, REVOKED = BusyError("too many"), KeyRefusedError("tcp://x:1", "does not know this key")
+
+
+def unwelcome(error: PrunusError) -> Unwelcome:
+    return Unwelcome(failure=Failure.of(error))
+
+
+def ends(events: list[Event]) -> PrunusError:
+    [ended] = events
+    assert isinstance(ended, Ended)
+    return ended.error
+
+
+@pytest.mark.parametrize("error", [BUSY, REVOKED, ProtocolError("not yours")])
+def test_who_is_refused_at_first_ends(error: PrunusError) -> None:
+    """Whatever the reason is: whoever connects should know it at once."""
+    found = ends(Line().hear(unwelcome(error)))
+    assert (type(found), str(found)) == (type(error), str(error))
+
+
+@pytest.mark.parametrize("error", [REVOKED, ProtocolError("not yours")])
+def test_who_is_refused_for_good_ends(line: Line, error: PrunusError) -> None:
+    """Also if the broker knew it before; only what passes is waited for."""
+    line.core.connect(line.now)
+    assert type(ends(line.hear(unwelcome(error)))) is type(error)
+
+
+def test_a_bound_of_the_broker_is_waited_for(line: Line) -> None:
+    """`Hello` is said again on the same connection, more and more slowly; what is asked meanwhile is not lost."""
+    line.core.connect(line.now)
+    line.said()
+    assert [type(event) for event in line.hear(unwelcome(BUSY))] == [TurnedAway]
+    line.send()
+    for pause_s in (1.0, 2.0, 4.0, 8.0, 10.0, 10.0):
+        assert line.core.due() == line.now + pause_s
+        assert line.wait(pause_s - 0.1) == []
+        assert line.said() == []
+        assert line.wait(0.1) == []
+        assert [type(message) for message in line.said()] == [Hello]
+        assert line.hear(unwelcome(BUSY)) == [], "it is told once"
+    line.wait(10.0)
+    line.said()
+    line.up()
+    assert [type(message) for message in line.said()] == [TaskSend]
+    line.core.connect(line.now)
+    assert [type(event) for event in line.hear(unwelcome(BUSY))] == [TurnedAway]
+    assert line.core.due() == line.now + REFUSED_PAUSE_S[0], "it was welcome in between"
+
+
+def test_a_hello_that_is_said_again_needs_an_answer(line: Line) -> None:
+    """Without one the connection is made anew, as for the first."""
+    line.core.connect(line.now)
+    line.hear(unwelcome(BUSY))
+    assert line.wait(REFUSED_PAUSE_S[0]) == []
+    assert [type(event) for event in line.wait(WELCOME_S + 0.1)] == [Reconnect]
+
+
+def test_requests_of_who_is_refused_end_in_time(line: Line) -> None:
+    """What was never said with the reason for that, what was with `IndeterminateError`."""
+    said = line.send()
+    line.core.connect(line.now)
+    line.hear(unwelcome(BUSY))
+    unsaid = line.send()
+    events = []
+    while not events:
+        events = line.wait(1.0)
+        line.hear(unwelcome(BUSY))
+    assert [(event.id, type(event.error)) for event in events if isinstance(event, Failed)] == [
+        (said, IndeterminateError),
+        (unsaid, BusyError),
+    ]
+
+
+def test_another_language_is_the_end(line: Line) -> None:
+    """In place of a welcome; so is an answer that says that nobody understands us."""
+    for frame in (bytes((MAGIC, PROTOCOL + 1)), b"HTTP", encode(Violation(reason="what?"))):
+        for one in (Line(), line):
+            one.core.connect(one.now)
+            assert isinstance(ends(one.core.on_frame(one.now, frame)), ProtocolError)
+
+
+def test_only_the_answer_to_a_hello_counts(line: Line) -> None:
+    """A refusal that is about something else, from before this program stood still, ends nothing."""
+    line.now += LEASE_S + 1
+    [reconnect] = line.core.wake(line.now)
+    assert isinstance(reconnect, Reconnect)
+    assert line.hear(Violation(reason="out of place"), unwelcome(REVOKED)) == []
+    assert isinstance(line.reconnect(), Hello)
+    assert line.core.up
+    assert line.hear(unwelcome(REVOKED)) == []
+
+
 def test_lost_tasks_and_names(line: Line) -> None:
     """What the broker gave to others while we were away is told, and no longer stated."""
     line.hear(delivery(5))
@@ -537,6 +648,48 @@ def test_what_a_hello_says_has_a_bound(line: Line, monkeypatch: pytest.MonkeyPat
         line.core.ask(line.now, lambda id: TaskSubscribe(id=id, queue="r" * 200, credit=1))
     line.hear(Refused(id=second, failure=outcome_of(BusyError("no"))))
     subscribe(3)
+
+
+@pytest.mark.parametrize(
+    ("bound", "subscribe"),
+    [
+        ("MAX_TASK_SUBSCRIPTIONS", lambda number, id: TaskSubscribe(id=id, queue=f"q{number}", credit=1)),
+        ("MAX_IDENTIFIERS", lambda number, id: RpcSubscribe(id=id, identifier=f"i{number}")),
+        ("MAX_PATTERNS", lambda number, id: BroadcastSubscribe(id=id, subscription=number)),
+    ],
+)
+def test_the_broker_is_not_asked_for_more_than_it_gives(
+    line: Line, monkeypatch: pytest.MonkeyPatch, bound: str, subscribe: Callable[[int, int], Request]
+) -> None:
+    """Else one subscription too many, asked for while the connection is away, would have every `Hello` refused."""
+    monkeypatch.setattr(client, bound, 2)
+    for number in (1, 2, 1):
+        line.core.ask(line.now, lambda id, number=number: subscribe(number, id))
+    with pytest.raises(BusyError, match=r"this session has 2 .* already; cancel some"):
+        line.core.ask(line.now, lambda id: subscribe(3, id))
+    hello = line.reconnect()
+    assert len(hello.queues) + len(hello.identifiers) + len(hello.patterns) == 2
+
+
+def test_the_largest_hello_fits_into_a_frame(line: Line) -> None:
+    """With as much as a session may have of everything, and the longest names."""
+    name = "\U0001f41b" * (MAX_NAME_CHARS - 8)
+    held = math.ceil(MAX_HELD_BYTES / bytes_in_hello(f"{name}{0:08}"))
+    line.hear(*(delivery(2**63 - 1, f"{name}{number:08}") for number in range(held)))
+    with contextlib.suppress(BusyError):
+        for number in range(held + 1):
+            line.hear(TaskStored(id=line.send(want_result=True, key="k"), task=f"{name}{number:08}", stored=False))
+    with contextlib.suppress(BusyError):
+        for number in range(10_000):
+            line.core.ask(
+                line.now,
+                lambda id, n=f"{name}{number:08}": TaskSubscribe(id=id, queue=n, subject=n, credit=1, shared=True),
+            )
+    line.said()
+    hello = line.reconnect()
+    assert len(hello.held) == len(hello.awaited) == held
+    assert len(hello.filtered) == len(hello.shared) > 500
+    assert len(encode(hello)) > MAX_FRAME_BYTES * 0.9
 
 
 @pytest.mark.parametrize("wrong", [{"priority": True}, {"max_attempts": 2**70}, {"queue": None}, {"expires_at": 1e12}])

@@ -17,13 +17,16 @@ from prunus.errors import (
     InvalidStateError,
     MessageTooLargeError,
     NotDeliveredError,
+    ProtocolError,
     RemoteError,
     StoreFullError,
 )
-from prunus.messaging import broker, queues
-from prunus.messaging.access import Role
+from prunus.messaging import broker, exchange, queues
+from prunus.messaging.access import Principal, Role
+from prunus.messaging.blobs import BlobStore
 from prunus.messaging.communicator import MAX_BODY_BYTES
 from prunus.messaging.exchange import (
+    MAX_ANSWERS_BYTES,
     MAX_PROTOCOL_ERRORS,
     REFUSAL_LOGGED_EACH_S,
     BrokerStoppedError,
@@ -35,7 +38,6 @@ from prunus.messaging.exchange import (
 from prunus.messaging.inventory import MAX_HOST_CHARS, QueueLimits, fitting, shown_host
 from prunus.messaging.liveness import this_peer
 from prunus.messaging.messages import (
-    FORWARD_BYTES,
     MAX_FRAME_BYTES,
     Alive,
     BroadcastDelivery,
@@ -69,8 +71,10 @@ from prunus.messaging.messages import (
     TasksListed,
     TaskStored,
     TaskSubscribe,
+    Unwelcome,
     Violation,
     Welcome,
+    decode_answers,
     decode_from_broker,
     encode,
 )
@@ -265,30 +269,149 @@ def test_a_call_that_is_said_again_is_done_once(desk: Desk) -> None:
     assert desk.words() == ["a"]
 
 
-def test_an_answer_that_is_too_large_undoes_the_call(path: Path) -> None:
-    """Nobody could be told what was done, so it is not done."""
+class Flood:
+    """A service that answers with so many bytes."""
 
-    class Flood:
-        def left(self, session: str, lost: object) -> tuple[NewTask, ...]:
-            return ()
+    def __init__(self, size: int) -> None:
+        self._answer = b"x" * size
+        self.executed = 0
 
-        def due(self) -> None:
-            return None
+    def left(self, session: str, lost: object) -> tuple[NewTask, ...]:
+        return ()
 
-        def tick(self) -> tuple[NewTask, ...]:
-            return ()
+    def due(self) -> None:
+        return None
 
-        def execute(self, request: bytes, session: str, role: Role) -> Served:
-            return Served(answer=bytes(MAX_FRAME_BYTES + FORWARD_BYTES))
+    def tick(self) -> tuple[NewTask, ...]:
+        return ()
 
+    def execute(self, request: bytes, session: str, role: Role) -> Served:
+        self.executed += 1
+        return Served(answer=self._answer)
+
+
+def answered_with(
+    size: int,
+    path: Path,
+    blobs: BlobStore | None,
+    role: Role = Role.OWNER,
+    number: int = 2,
+    service: Flood | None = None,
+) -> BrokerMessage:
     connection = sqlite3.connect(path, isolation_level=None)
-    exchange: Exchange[str] = Exchange(connection, service=Flood())
+    exchange: Exchange[str] = Exchange(
+        connection, service=service or Flood(size), blobs=blobs, principal_of=lambda route: Principal(None, role)
+    )
     exchange.process(0.0, [("r", encode(Hello(session="s", peer=Peer())))])
-    [(_, frame)] = exchange.process(0.0, [("r", encode(Call(id=1, requests=(b"",))))])
-    refused = decode_from_broker(frame)
+    [(_, frame)] = exchange.process(0.0, [("r", encode(Call(id=1, requests=(b"",) * number)))])
+    connection.close()
+    return decode_from_broker(frame)
+
+
+def test_answers_that_are_too_large_for_a_message_travel_as_a_blob(path: Path) -> None:
+    """A claim may have all that the children of a process came to."""
+    blobs = BlobStore(path.parent / "blobs", 0.0)
+    small = answered_with(MAX_BODY_BYTES // 2, path, blobs)
+    assert isinstance(small, CallDone)
+    assert [len(answer) for answer in small.answers] == [MAX_BODY_BYTES // 2] * 2
+    assert small.blob is None
+    large = answered_with(MAX_BODY_BYTES // 2 + 1, path, blobs)
+    assert isinstance(large, CallDone)
+    assert large.answers == ()
+    assert large.blob is not None
+    assert decode_answers(b"".join(blobs.chunks(large.blob))) == [b"x" * (MAX_BODY_BYTES // 2 + 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("size", "role", "has_blobs"),
+    [
+        (MAX_FRAME_BYTES, Role.OWNER, False),
+        (MAX_FRAME_BYTES, Role.VIEWER, True),
+        (MAX_ANSWERS_BYTES // 2 + 1, Role.OWNER, True),
+    ],
+)
+def test_an_answer_that_is_too_large_undoes_the_call(size: int, role: Role, has_blobs: bool, path: Path) -> None:
+    """Nobody could be told what was done, so it is not done."""
+    refused = answered_with(size, path, BlobStore(path.parent / "blobs", 0.0) if has_blobs else None, role)
     assert isinstance(refused, Refused)
     assert isinstance(refused.failure.to_exception(), MessageTooLargeError)
+
+
+@pytest.mark.parametrize(("role", "limit"), [(Role.OWNER, MAX_ANSWERS_BYTES), (Role.VIEWER, MAX_FRAME_BYTES)])
+def test_no_more_is_answered_than_somebody_could_be_told(role: Role, limit: int, path: Path) -> None:
+    """Many small requests for what is large take no more memory than one answer may have: the rest is not executed."""
+    size, number = limit // 4 + 1, 100
+    service = Flood(size)
+    refused = answered_with(size, path, BlobStore(path.parent / "blobs", 0.0), role, number, service)
+    assert isinstance(refused, Refused)
+    assert isinstance(refused.failure.to_exception(), MessageTooLargeError)
+    assert service.executed == 4
+
+
+def test_what_may_be_large_waits_until_its_peer_has_read(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its order, and `Goodbye` behind it; other requests of that peer and all of others do not wait."""
+    monkeypatch.setattr(exchange, "MAX_TOLD_BYTES", 1)
+    stuck: set[str] = set()
+    desk.exchange.is_stuck = lambda route: route in stuck
+    desk.hello("r", "s")
+    desk.hello("other", "o")
+
+    def told(*said: tuple[str, ClientMessage]) -> list[tuple[str, int]]:
+        return [(route, getattr(answer, "id", -1)) for route, answer in desk.say(*said)]
+
+    def ask(number: int) -> Call:
+        return Call(id=number, requests=(b"words",))
+
+    said = told(("r", ask(1)), ("r", TaskList(id=2)), ("r", send(3)), ("r", Goodbye(id=4)), ("other", ask(1)))
+    assert said == [("r", 1), ("r", 3), ("other", 1)]
+    assert desk.exchange.due() <= 0.0
+    stuck.add("r")
+    assert desk.exchange.due() > 0.0
+    assert told(("other", ask(2))) == [("other", 2)]
+    stuck.clear()
+    assert [getattr(decode_from_broker(frame), "id", -1) for _, frame in desk.exchange.tick(0.0)] == [2]
+    assert told() == [("r", 4)]
+    assert desk.exchange.due() > 0.0
+
+
+@pytest.mark.parametrize(
+    ("bound", "value"), [("MAX_LATER", 2), ("MAX_LATER_BYTES", 2 * len(encode(StatisticsAsk(id=1))))]
+)
+def test_what_waits_until_its_peer_has_read_has_a_bound(
+    bound: str, value: int, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more is refused; with the connection all of it is gone, and said again."""
+    monkeypatch.setattr(exchange, bound, value)
+    desk.hello("r", "s")
+    desk.exchange.is_stuck = lambda route: True
+    [(_, refused)] = desk.say(*(("r", StatisticsAsk(id=number)) for number in (1, 2, 3)))
+    assert isinstance(refused, Refused)
+    assert refused.id == 3
+    assert isinstance(refused.failure.to_exception(), BusyError)
+    desk.exchange.drop_route("r")
+    desk.exchange.is_stuck = lambda route: False
+    assert desk.exchange.due() > 0.0
+    assert desk.say() == []
+
+
+def test_answers_take_no_space_that_others_need(path: Path) -> None:
+    """On a disk that would be full with them the call is undone; what comes after it is done."""
+    blobs = BlobStore(path.parent / "blobs", 0.0)
+    connection = sqlite3.connect(path, isolation_level=None)
+
+    def make_room(size: int) -> None:
+        desk.refuse_new = "the disk" if size > MAX_BODY_BYTES else None
+
+    desk: Exchange[str] = Exchange(connection, service=Flood(MAX_BODY_BYTES), blobs=blobs, before_batch=make_room)
+    desk.process(0.0, [("r", encode(Hello(session="s", peer=Peer())))])
+    frames = [encode(Call(id=1, requests=(b"", b""))), encode(send(2))]
+    [(_, refused), (_, stored)] = desk.process(0.0, [("r", frame) for frame in frames])
     connection.close()
+    refused, stored = decode_from_broker(refused), decode_from_broker(stored)
+    assert isinstance(refused, Refused)
+    assert isinstance(refused.failure.to_exception(), StoreFullError)
+    assert isinstance(stored, TaskStored)
+    assert not (path.parent / "blobs").exists()
 
 
 def test_without_a_service(path: Path) -> None:
@@ -638,7 +761,7 @@ def test_a_task_that_comes_and_goes_in_a_batch_is_no_row(desk: Desk) -> None:
 
 @pytest.mark.parametrize("after", ["while it is there", "after its lease", "after a restart"])
 def test_a_session_cannot_be_taken_over(path: Path, after: str) -> None:
-    """A `Hello` with another secret is answered with a violation that says so, and changes nothing."""
+    """A `Hello` with another secret is refused with the reason, and changes nothing."""
     desk = Desk(path)
     desk.hello("r", "ann", secret="hers", queues=(("default", 5),))
     if after == "after its lease":
@@ -646,10 +769,11 @@ def test_a_session_cannot_be_taken_over(path: Path, after: str) -> None:
     elif after == "after a restart":
         desk = restarted(desk, path)
     for secret in ("his", ""):
-        [(route, violation)] = desk.hello("thief", "ann", secret=secret)
+        [(route, unwelcome)] = desk.hello("thief", "ann", secret=secret)
         assert route == "thief"
-        assert isinstance(violation, Violation)
-        assert "belongs to somebody else" in violation.reason
+        assert isinstance(unwelcome, Unwelcome)
+        assert isinstance(unwelcome.failure.to_exception(), ProtocolError)
+        assert "belongs to somebody else" in unwelcome.failure.message
         assert desk.say(("thief", Heartbeat())) == [("thief", HelloNeeded())]
     if after == "while it is there":
         assert desk.say(("r", Heartbeat())) == [("r", Alive())]
@@ -681,8 +805,10 @@ def test_sessions_and_subscriptions_have_a_bound(desk: Desk, monkeypatch: pytest
     for what in ("MAX_TASK_SUBSCRIPTIONS", "MAX_PATTERNS", "MAX_IDENTIFIERS"):
         monkeypatch.setattr(broker, what, 1)
     desk.hello("r", "ann")
-    [(_, violation)] = desk.hello("s", "bob")
-    assert isinstance(violation, Violation)
+    [(_, unwelcome)] = desk.hello("s", "bob")
+    assert isinstance(unwelcome, Unwelcome)
+    assert isinstance(unwelcome.failure.to_exception(), BusyError)
+    assert list(desk.exchange.principals()) == ["ann"], "nothing is kept of who is refused"
     assert desk.say(("r", Heartbeat())) == [("r", Alive())]
     assert isinstance(desk.hello("r2", "ann")[0][1], Welcome)
     for number, (first, second) in enumerate(
@@ -701,7 +827,9 @@ def test_sessions_and_subscriptions_have_a_bound(desk: Desk, monkeypatch: pytest
         {"identifiers": (("a", 0), ("b", 0))},
         {"patterns": ((1, None, None), (2, None, None))},
     ):
-        assert isinstance(desk.hello("r2", "ann", **stated)[0][1], Violation)
+        [(_, unwelcome)] = desk.hello("r2", "ann", **stated)
+        assert isinstance(unwelcome, Unwelcome)
+        assert "over the limit of 1" in unwelcome.failure.message
 
 
 def test_a_session_that_is_refused_is_counted_and_told_to_the_log(
@@ -712,8 +840,9 @@ def test_a_session_that_is_refused_is_counted_and_told_to_the_log(
     desk.hello("r", "ann")
     for number in range(5):
         hello = Hello(session=f"s{number}", peer=Peer())
-        [(_, violation)] = desk.say((f"r{number}", hello), now=REFUSAL_LOGGED_EACH_S * number / 4)
-        assert violation == Violation(reason="the bound of 1 sessions is reached; try again when some are gone")
+        [(_, unwelcome)] = desk.say((f"r{number}", hello), now=REFUSAL_LOGGED_EACH_S * number / 4)
+        assert isinstance(unwelcome, Unwelcome)
+        assert unwelcome.failure.message == "the bound of 1 sessions is reached; try again when some are gone"
     told = [(record.getMessage(), record.session) for record in caplog.records]  # type: ignore[attr-defined]
     reason = "a session is refused: the bound of 1 sessions is reached; try again when some are gone"
     assert told == [(reason, "s0"), (reason, "s4")]
@@ -850,7 +979,7 @@ def test_statistics_fit_into_a_message_whatever_was_done() -> None:
     most = {
         **dict.fromkeys(places, queues.MAX_TASKS),
         **dict.fromkeys(("accepted", "settled", "rejected", "credit"), 2**50),
-        **dict.fromkeys(("accepted_per_s", "settled_per_s", "oldest_s"), 1e9 / 7),
+        **dict.fromkeys(("accepted_per_s", "settled_per_s", "oldest_s", "longest_held_s"), 1e9 / 7),
     }
     told = msgspec.structs.replace(
         statistics,
@@ -887,6 +1016,21 @@ def test_if_statistics_do_not_fit_the_empty_is_left_out_first(desk: Desk) -> Non
             assert next(iter(part.queues)) == "q8", "the fullest is first"
             assert set(part.queues) < {f"q{n}" for n in range(3, 9)}
             assert set(part.sessions) == {"ann"}
+
+
+def test_who_is_not_back_since_the_start_has_no_known_role(path: Path) -> None:
+    """The key with which a session came is not stored: until it says who it is again, its role is `unknown`."""
+    desk = Desk(path)
+    with closing(desk.connection):
+        desk.hello("r", "ann")
+        assert desk.exchange.statistics().sessions["ann"].role == "owner"
+    again = Desk(path)
+    with closing(again.connection):
+        [(name, ann)] = again.exchange.statistics().sessions.items()
+        assert (name, ann.role, ann.key, ann.connected) == ("ann", "unknown", None, False)
+        again.hello("r", "ann")
+        ann = again.exchange.statistics().sessions["ann"]
+        assert (ann.role, ann.connected) == ("owner", True)
 
 
 def test_the_name_of_a_host_is_shown_if_it_is_one() -> None:

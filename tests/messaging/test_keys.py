@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from prunus.errors import ProfileError
@@ -118,7 +122,7 @@ def test_a_file_of_another_user_is_refused(folder: KeyFolder, tmp_path: Path) ->
         ("", "is no key file"),
         ("{", "damaged"),
         ("\xff", "is no key file|damaged"),
-        ("name: x", "missing required field"),
+        ("name: x", "is no key file, or a damaged one: it has no role"),
         ("a: &a [*a]", "damaged|is no key file"),
         ("- 1", "is no key file"),
         ("!!python/object/apply:os.system [true]", "damaged"),
@@ -132,6 +136,46 @@ def test_what_is_no_key_is_said(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ProfileError, match=words) as error:
         ClientKey.read(file)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("secret_key", "too short", "its secret_key is not of the right form"),
+        ("server_key", None, "its server_key is not of the right form"),
+        ("endpoints", ["10.0.0.1:5010"], "its endpoints is not of the right form"),
+        ("role", "king", "its role is not of the right form"),
+        ("secret", "x", "it has a line that no key file has"),
+    ],
+)
+def test_damage_is_said_in_words(folder: KeyFolder, tmp_path: Path, field: str, value: object, words: str) -> None:
+    """Which file it is, what is wrong with it and what makes a new one; no pattern, and nothing of what it holds."""
+    made = folder.add("a", Role.WORKER, [PLACE], tmp_path / "a.key")
+    good = msgspec.to_builtins(made)
+    (tmp_path / "a.key").write_text(json.dumps({**good, field: value}))
+    with pytest.raises(ProfileError) as error:
+        ClientKey.read(tmp_path / "a.key")
+    text = str(error.value)
+    assert text.startswith(f"{tmp_path / 'a.key'} is no key file, or a damaged one: {words}; ")
+    assert "`prunus key revoke NAME` and `prunus key add NAME --role ROLE`" in text
+    assert not re.search(r"regex|\^|\\|too short|king|\$", text.replace(str(tmp_path), ""))
+
+
+def test_what_to_do_about_damaged_keys_of_a_broker(folder: KeyFolder, tmp_path: Path) -> None:
+    """Each of its two files has an advice of its own; what it says to do helps."""
+    folder.add("a", Role.WORKER, [PLACE], tmp_path / "a.key")
+    clients, server = folder.path / "clients.yaml", folder.path / "server.yaml"
+    clients.write_text(clients.read_text().replace("worker", "king"))
+    with pytest.raises(ProfileError, match=f"its role is not of the right form; .*: rm {clients}, then prunus key add"):
+        folder.clients()
+    clients.unlink()
+    folder.add("a", Role.WORKER, [PLACE], tmp_path / "new.key")
+    server.write_text(server.read_text()[:60])
+    with pytest.raises(ProfileError, match=f"rm -r {folder.path}, then prunus key add"):
+        folder.server()
+    shutil.rmtree(folder.path)
+    folder.add("a", Role.WORKER, [PLACE], tmp_path / "newest.key")
+    assert folder.server().public_key == ClientKey.read(tmp_path / "newest.key").server_key
 
 
 def test_an_error_shows_no_secret(tmp_path: Path, folder: KeyFolder) -> None:

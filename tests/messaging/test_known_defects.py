@@ -1,8 +1,10 @@
 """What the communicators and brokers before this one lost, leaked or let hang: each defect by its name, not here.
 
 ``w1`` to ``w25`` are those of AiiDA's ZeroMQ broker, the others those of kiwipy over RabbitMQ and of what was built on
-it. All over a real socket. Some are shown where they belong: killed and stopped processes and stuck peers in
-`test_unix`, keys in `test_access` and `test_keys`, proofs of death in `test_liveness`, disks in ``tests/faults``.
+it: `KIWIPYS` has them with the numbers under which they were reported, or found by running it. The tests in this file
+are over a real socket. Many defects are shown where they belong: killed and stopped processes and stuck peers in
+`test_unix`, keys in `test_access` and `test_keys`, proofs of death in `test_liveness`, disks in ``tests/faults``, what
+kiwipy's users see in ``tests/compat``.
 """
 
 from __future__ import annotations
@@ -69,22 +71,282 @@ SHOWN_ELSEWHERE = {
         "tests/messaging/test_exchange.py::test_statistics_are_told",
     ),
     "w24: one host only": ("tests/messaging/test_network.py::test_several_places",),
-    "kiwipy: a lost connection, and the same task in two workers": (
+}
+"""Defects of AiiDA's broker that other tests show not to be here, each where it belongs."""
+
+CONTRACT = "src/prunus/testing/communicator_contract.py"
+KIWIPYS = {
+    # tasks that are lost, and processes that nobody reaches
+    "a task vanishes after seven days, in progress or not; a requeue does not reset the clock (kiwipy#57, #59, #92, "
+    "#93)": (
+        "test_kiwipy_ttl_no_task_has_a_time_limit_of_its_own",
+        "tests/messaging/test_queues.py::test_no_task_expires_by_itself",
+    ),
+    "a broker that restarts loses tasks (kiwipy#29, aiida#2957, #2958)": (
+        "tests/compat/test_kiwipy.py::test_the_broker_is_killed",
+        "tests/guarantees/test_g01_accepted_means_stored.py::test_every_message_survives_the_death_of_its_broker",
+    ),
+    "a process is active and has no task, or a task has no process (aiida#1712, #4289, #5676, #5677, #5699, #6015, "
+    "#6194, #2443, #2445, #1332, #893)": (
+        "tests/guarantees/test_g12_nothing_is_forgotten.py::test_processes_whose_tasks_were_deleted_by_hand_complete",
+        "tests/guarantees/test_g12_nothing_is_forgotten.py::test_a_process_that_nobody_was_told_of_is_found",
+        "tests/guarantees/test_g02_acked_means_ended_or_parked.py"
+        "::test_after_every_commit_each_process_is_ended_watched_or_parked",
+        "tests/runtime/test_worker.py::test_a_task_about_no_process_is_not_lost",
+    ),
+    "who is not held by a worker can't be killed (aiida#1712)": (
+        "tests/runtime/test_controller.py::test_a_parked_process_is_paused_played_and_killed_without_a_holder",
+        "tests/faults/test_classes.py::test_a_class_that_is_gone_can_be_killed_all_the_same",
+    ),
+    "after missed heart-beats a worker gets the task that it has, or two have it; its late acknowledgement is dropped, "
+    "or deletes the only task (aiida#3973, #4598, #5715, #1748)": (
         "tests/messaging/test_unix.py::test_a_lost_connection_is_not_the_end_of_a_session",
+        "tests/compat/test_kiwipy.py::test_the_broker_is_started_anew",
+        "tests/messaging/test_broker.py::test_only_the_holder_settles_and_only_now",
+        "tests/guarantees/test_g04_one_writer_per_process.py"
+        "::test_a_worker_that_was_taken_for_dead_does_not_write_any_more",
+    ),
+    "a task that is held for more than half an hour is taken away, and its work done twice (aiida#5105, #5106, #5317, "
+    "#6189)": (
+        "tests/messaging/test_queues.py::test_no_task_expires_by_itself",
+        "tests/messaging/test_unix.py::test_a_stopped_worker_keeps_its_work",
+    ),
+    "a cancelled future ends the communicator's thread, and a child stays CREATED (aiida#5219, #1818, #2158)": (
+        "test_kiwipy_who_stopped_waiting_breaks_nothing",
+        "tests/compat/test_kiwipy.py::test_a_future_that_nobody_wants_any_more",
+        "tests/guarantees/test_g12_nothing_is_forgotten.py::test_what_somebody_claimed_and_left_goes_to_others",
+    ),
+    "after a restart of the broker a task is unroutable (aiida#7152)": (
+        "test_w1_a_restarted_broker_strands_nobody",
+        "tests/compat/test_kiwipy.py::test_the_broker_is_started_anew",
+    ),
+    "a process whose class can't be imported is stuck, its task gone (aiida#3407)": (
+        "tests/faults/test_classes.py::test_it_is_set_aside_and_goes_on_when_mended",
+    ),
+    # slots, scheduling, throughput
+    "waiting parents hold all slots (aiida#1397, #6561, #4595, #4902)": (
+        "tests/guarantees/test_g11_waiting_is_free.py::test_many_waiting_parents_and_one_slot",
+        "tests/runtime/test_complaints.py::test_nested_workflows_do_not_starve_each_other",
+    ),
+    "no limits and no priorities (aiida#5596, #3366, #1431, #88, workgraph#22, #275, #459, #460)": (
+        "tests/messaging/test_queues.py::test_concurrency_of_a_queue",
+        "tests/messaging/test_queues.py::test_tokens_of_a_resource",
+        "tests/messaging/test_queues.py::test_rate_of_a_queue",
+        "tests/messaging/test_queues.py::test_the_highest_priority_first_and_the_oldest_within_one",
+    ),
+    "`task_queue` leaves two channels; the 1,024th call fails (workgraph#462, #463, #466)": (
+        "tests/compat/test_kiwipy.py::test_queues_cost_nothing",
+        "test_kiwipy_nothing_leaks",
+    ),
+    "many submissions time out, and more workers make it worse (aiida#3540, #4841, #4745, #5756, plumpy#207 to #212)": (
+        "tests/runtime/test_complaints.py::test_many_submissions_at_once_are_all_accepted",
+        "test_w3_no_send_is_dropped",
+    ),
+    "a missed broadcast costs a minute, an early one shows the past (aiida#4150, #4151, #4154, #1391, #6598)": (
+        "tests/guarantees/test_g03_nothing_leaves_ahead_of_the_checkpoint.py::test_what_is_heard_is_committed_already",
+        "tests/runtime/test_controller_watch.py::test_it_needs_no_broadcast",
+        f"{CONTRACT}::test_who_is_slow_is_told_what_it_missed",
+    ),
+    "finished processes stay in memory (aiida#4603, #4698, #4699)": (
+        "tests/processes/test_listeners.py::test_ten_thousand_finished_processes_leave_no_object_alive",
+        "tests/processes/test_stack.py::test_a_leaked_context_keeps_no_process_alive",
+    ),
+    "nested calls, or futures in a chain, end in a RecursionError (aiida#4876, #6044, #6052)": (
+        "tests/processes/test_call.py::test_calls_are_nested_as_deep_as_memory_allows",
+        "tests/processes/test_execute.py::test_children_run_beside_their_parent_to_any_depth",
+        "tests/compat/test_kiwipy.py::test_a_future_of_itself",
+    ),
+    "there is no way to send and forget (aiida#2082)": (
+        "tests/compat/test_kiwipy.py::test_no_reply",
+        "test_w4_a_script_that_sends_and_ends_loses_nothing",
+    ),
+    # what is awkward in kiwipy, from 1 to 11
+    "k1: a call in a subscriber waits for itself until its time is over": (
+        "tests/compat/test_kiwipy.py::test_calls_in_subscribers",
+        "tests/compat/test_kiwipy.py::test_calls_in_callbacks_of_futures",
+        "tests/compat/test_kiwipy.py::test_coroutines_may_subscribe",
+        "tests/messaging/test_blocking.py::test_where_it_would_wait_for_itself_it_raises_at_once",
+    ),
+    "k2: subscribers run in the communicator's thread; futures in futures lose cancellations": (
+        "test_w22_a_handler_that_blocks_stops_nobody_else",
+        "test_kiwipy_every_delivery_has_exactly_one_answer",
+        "tests/compat/test_kiwipy.py::test_a_cancelled_future_cancels_the_callers",
+        "tests/guarantees/test_g08_one_await_one_fact.py::test_a_communicator_answers_with_facts",
+        "tests/messaging/test_client.py::test_memory_has_a_bound",
+    ),
+    "k3: rejected tasks turn in a hot loop, uncounted; there are no dead letters; what can't be decoded is stuck": (
+        "test_w11_a_task_that_all_reject_is_no_hot_loop",
+        "tests/messaging/test_queues.py::test_after_max_attempts_a_task_is_dead_with_the_last_reason",
+        "tests/compat/test_kiwipy.py::test_a_task_that_nobody_here_wants",
+        "tests/compat/test_kiwipy.py::test_a_task_that_can_not_be_decoded_and_that_nobody_waits_for",
+    ),
+    "k4: a fetched task goes back when memory is collected, and its outcome is that of another thread's loop": (
+        f"{CONTRACT}::test_next_task_settles_as_it_is_told",
+        f"{CONTRACT}::test_an_exception_gives_a_fetched_task_back",
+        "tests/compat/test_kiwipy.py::test_an_outcome_that_was_forgotten",
+        "tests/compat/test_kiwipy.py::test_next_task",
+    ),
+    "k5: channels, queues of RPC subscribers and entries of unroutable questions leak": (
+        "test_kiwipy_nothing_leaks",
+        "tests/compat/test_kiwipy.py::test_nothing_is_kept_of_what_is_over",
+    ),
+    "k6: YAML by default, which is slow, and makes objects": (
+        "tests/compat/test_kiwipy.py::test_the_default_codec_is_ours",
+        "tests/compat/test_codec.py::test_anything_else_is_refused",
+        "tests/compat/test_codec.py::test_other_bytes_are_a_value_error",
+    ),
+    "k7: filters match beginnings, and everybody gets everything": (
+        "tests/messaging/test_patterns.py::test_it_is_the_same_as_word_by_word",
+        "tests/messaging/test_patterns.py::test_a_name_without_wildcards_matches_itself_alone",
+        "tests/compat/test_wire.py::test_what_the_broker_can_decide_it_decides",
+        "tests/compat/test_kiwipy.py::test_filters",  # kiwipy's own, as they are (kiwipy#103: untested there)
+    ),
+    "k8: identifiers are sometimes texts only": ("tests/compat/test_kiwipy.py::test_identifiers",),
+    "k9: what was once said of a queue can't be changed": (
+        "tests/messaging/test_queues.py::test_tokens_can_be_changed_while_it_runs",
+        "tests/messaging/test_queues.py::test_what_is_configured_lasts",
+        "tests/messaging/test_taskstore.py::test_tables_of_the_first_version_are_upgraded",
+    ),
+    "k10: one RPC identifier on two connections: both are asked": (
+        "test_w8_a_name_can_not_be_taken_over",
+        "tests/compat/test_kiwipy.py::test_an_identifier_is_one_subscribers_on_all_communicators",
+    ),
+    "k11: local, RabbitMQ and ZeroMQ differ in their errors: here all pass one contract": (
+        "tests/messaging/test_local.py::TestLocalCommunicator",
+        "tests/messaging/test_unix.py::TestUnixCommunicator",
+        "tests/messaging/test_network.py::TestCurveCommunicator",
+        f"{CONTRACT}::test_nobody_listens",
+        f"{CONTRACT}::test_errors_of_an_answerer_cross_as_data",
+    ),
+    # found by running it
+    "RPC: acknowledged before it is answered, so that who asks a dying peer waits for ever": (
+        "test_w7_a_question_whose_recipient_goes_ends_at_once_and_leaves_nothing",
+        "tests/compat/test_kiwipy.py::test_who_was_asked_is_gone",
+    ),
+    "RPC: what can't be decoded, or encoded, is never answered": (
+        "tests/compat/test_kiwipy.py::test_what_can_not_be_decoded",
+        "tests/compat/test_kiwipy.py::test_a_result_that_can_not_be_sent",
+    ),
+    "RPC: of an error there is only the text, or a tuple of objects": (
+        "test_w6_errors_keep_their_type",
+        "tests/compat/test_kiwipy.py::test_a_remote_error_has_all_of_it",
+    ),
+    "RPC: a question that waits for more than a minute is dropped in silence": (
+        f"{CONTRACT}::test_a_question_has_an_end",
+        "tests/compat/test_kiwipy.py::test_one_at_a_time_and_in_order",
+    ),
+    "RPC: an answer that nobody fetches within a minute is gone": (
+        "tests/messaging/test_client.py::test_an_answer_while_disconnected",
+        "tests/messaging/test_broker.py::test_a_result_waits_until_it_is_seen",
+    ),
+    "RPC: a subscription that took too long may be there all the same, and belongs to nobody (aiida#4595)": (
+        "tests/compat/test_kiwipy.py::test_a_subscription_that_took_too_long_is_none",
+    ),
+    "RPC: a subscriber of tasks is refused because of one of questions": (
+        "tests/compat/test_kiwipy.py::test_one_identifier_for_different_things",
+    ),
+    "broadcasts: one that comes while subscriptions change is missed": (
+        "test_kiwipy_subscribing_while_a_broadcast_is_dealt_with",
+    ),
+    "broadcasts: one slow subscriber holds up the others, one that fails raises where it was sent": (
+        "tests/compat/test_kiwipy.py::test_a_slow_subscriber_holds_up_nobody",
+        f"{CONTRACT}::test_a_listener_that_fails_or_leaves",
+    ),
+    "broadcasts: who did not listen for a minute misses them, and does not know": (
+        f"{CONTRACT}::test_who_is_slow_is_told_what_it_missed",
+        "tests/messaging/test_exchange.py::test_broadcasts_that_were_missed_are_told",
+    ),
+    "tasks: after a subscriber that raised the next one gets it too": (
+        "test_kiwipy_one_task_runs_once_in_one_subscriber",
+        "tests/compat/test_kiwipy.py::test_an_error_ends_a_task",
+    ),
+    "tasks: a cancelled one is neither done nor given back": (
+        "test_w12_cancelled_handlers_free_their_places",
+        "tests/compat/test_kiwipy.py::test_a_task_that_nobody_here_wants",
+    ),
+    "tasks: one without a queue is refused, one that nobody accepts is never answered": (
+        "tests/compat/test_kiwipy.py::test_a_task_waits_for_somebody",
+        f"{CONTRACT}::test_a_task_that_nobody_can_do_is_a_dead_letter",
+    ),
+    "tasks: one that is fetched, processed and cancelled is stuck": (
+        "tests/compat/test_kiwipy.py::test_a_task_that_was_not_processed_goes_back",
+    ),
+    "tasks: an empty queue is not waited for": (
+        "tests/compat/test_kiwipy.py::test_an_empty_queue",
+        "tests/compat/test_kiwipy.py::test_a_task_comes_while_somebody_waits",
+    ),
+    "tasks: looking into a queue holds all of it": (
+        "test_w14_looking_into_a_queue_changes_nothing",
+        "tests/compat/test_kiwipy.py::test_iterating",
+    ),
+    "tasks: one worker takes as many as there are": ("test_w9_the_first_worker_does_not_take_the_whole_backlog",),
+    "tasks: one that is in progress when its communicator is closed is done twice": (
+        "tests/compat/test_kiwipy.py::test_a_task_that_is_being_done_when_the_communicator_is_closed",
+    ),
+    "tasks: no delays, no deadlines, no counter of attempts": (
+        f"{CONTRACT}::test_a_task_is_not_delivered_before_its_time",
+        f"{CONTRACT}::test_a_task_that_expired_is_a_dead_letter",
+        f"{CONTRACT}::test_a_task_that_nobody_can_do_is_a_dead_letter",
+    ),
+    "tasks: one that could not be sent is said to be rejected": (
+        "tests/compat/test_kiwipy.py::test_a_task_that_is_not_taken",
+    ),
+    "all: a subscriber gets the part that called it, and not its communicator": (
+        "tests/compat/test_kiwipy.py::test_a_question_and_its_answer",
+    ),
+    "all: bytes of a stranger are an AssertionError": (
+        "tests/compat/test_wire.py::test_other_bytes_are_a_protocol_error",
+    ),
+    "all: without RabbitMQ's libraries nothing can be imported": (
+        "tests/compat/test_kiwipy.py::test_nothing_of_rabbitmq_is_needed",
+    ),
+    "the end: after `close` there are attributes missing, and whoever waits waits for ever": (
+        "tests/compat/test_kiwipy.py::test_after_close_there_is_nothing",
+        "tests/compat/test_kiwipy.py::test_closing",
+    ),
+    "the end: each disconnection takes its whole time-out (aiida#6673)": (
+        "test_kiwipy_the_end_of_a_communicator_does_not_wait_for_others",
+    ),
+    "threads: heart-beats stop while the interpreter is held (aiida#3973)": (
+        "tests/messaging/test_unix.py::test_a_stopped_worker_keeps_its_work",
+        "tests/runtime/test_watchdog.py::test_a_block_keeps_the_claim",
+    ),
+    "threads: the local communicator calls subscribers where one sends, and knows no locks": (
+        "tests/messaging/test_local.py::TestLocalCommunicator",
+        "tests/messaging/test_blocking.py::test_many_threads_at_once",
+        "tests/compat/test_kiwipy.py::test_many_threads",
+    ),
+    "threads: a SystemExit of a subscriber ends the communicator": (
+        "tests/compat/test_kiwipy.py::test_errors_that_end_others",
     ),
 }
-"""Defects that other tests show not to be here, each where it belongs."""
+"""Defects of kiwipy, and of what was built on it, each with the tests that show that it is not here. A name without a
+file is one in this file."""
+
+NONE_OF_OURS = {
+    "exchanges that are not durable, names and arguments of RabbitMQ's queues": "there is no RabbitMQ: what is stored "
+    "is in one database, whose tables are upgraded",
+    "a queue whose arguments were changed refuses the connection": "nothing is declared by those who connect",
+    "`kiwipy.Communicator` can be instantiated though its methods are abstract": "it is kiwipy's class; ours is a "
+    "protocol, and a type checker says what is missing",
+    "`capture_exceptions` passes a BaseException on, and `EventHelper` is used by nobody": "both are kiwipy's own, and "
+    "not used here",
+}
+"""Defects that can't be here, and why."""
 
 
 def test_every_named_defect_has_its_test() -> None:
-    """W1 to W25, here or where `SHOWN_ELSEWHERE` says."""
+    """W1 to W25 and K1 to K11, here or where the tables say; and the tests that these name exist."""
     root = Path(__file__).parents[2]
-    for tests in SHOWN_ELSEWHERE.values():
-        for file, _, test in (test.partition("::") for test in tests):
-            assert f"def {test}(" in (root / file).read_text(encoding="utf-8"), test
-    here = {int(name.split("_")[1][1:]) for name in globals() if name.startswith("test_w")}
-    elsewhere = {int(name.partition(":")[0][1:]) for name in SHOWN_ELSEWHERE if name.startswith("w")}
-    assert here | elsewhere == set(range(1, 26))
+    for tests in (SHOWN_ELSEWHERE | KIWIPYS).values():
+        for test in tests:
+            file, _, name = test.rpartition("::")
+            text = (root / file if file else Path(__file__)).read_text(encoding="utf-8")
+            assert f"def {name}(" in text or f"class {name}(" in text, test
+    here = {name.split("_")[1] for name in globals() if name.startswith("test_w")}
+    elsewhere = {name.partition(":")[0] for name in SHOWN_ELSEWHERE | KIWIPYS}
+    numbered = {f"w{number}" for number in range(1, 26)} | {f"k{number}" for number in range(1, 12)}
+    assert numbered <= here | elsewhere
 
 
 @pytest.fixture

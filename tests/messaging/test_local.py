@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any
 
 import pytest
 
 from prunus.errors import CommunicatorClosedError
 from prunus.messaging.local import LocalBroker, LocalCommunicator
-from prunus.testing.communicator_contract import CommunicatorContract, ContractService, Inbox, echo
+from prunus.testing import CommunicatorContract, ContractService
+from prunus.testing.communicator_contract import Inbox, echo
 
 Connect = Callable[[], Awaitable[LocalCommunicator]]
 
@@ -19,6 +23,91 @@ class TestLocalCommunicator(CommunicatorContract):
     @pytest.fixture
     async def connect(self, peers: Connect) -> Connect:
         return peers
+
+
+async def test_a_session_is_known_by_its_process(peers: Connect) -> None:
+    """Statistics say in which operating system process a peer lives."""
+    peer = await peers()
+    assert (await peer.statistics()).sessions[peer.session].pid == os.getpid()
+
+
+async def test_misuse_is_refused_with_what_to_do(peers: Connect) -> None:
+    """The contract wants the type of the error and the name of what is wrong; these are our words."""
+    peer = await peers()
+    for misuse, words in (
+        (peer.task_send(b"", not_before=datetime(2030, 1, 1)), "time zone"),
+        (peer.requeue(), "say which tasks to requeue"),
+        (peer.tasks(limit=0), "ask for the next with `after`"),
+        (peer.rpc_send("name", b"", timeout_s=-1.0), "a time-out is from 0 to"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            await misuse
+
+
+class Text(str):
+    __slots__ = ()
+
+
+class Bytes(bytes):
+    __slots__ = ()
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        (lambda one: one.rpc_send("name", b"", timeout_s=None), "a time-out is from 0 to 1e\\+09 seconds, not None"),
+        (lambda one: one.rpc_send(Text("name"), b""), "a plain text, not of the type Text; give str"),
+        (lambda one: one.add_rpc_subscriber(echo, Text("name")), "a plain text"),
+        (lambda one: one.add_task_subscriber(echo, queue=Text("name")), "a plain text"),
+        (lambda one: one.next_task(queue=Text("name"), timeout_s=0.0), "a plain text"),
+        (lambda one: one.next_task(timeout_s="1"), "a time-out is a number of seconds, or None for no end, not '1'"),
+        (lambda one: one.next_task(timeout_s=float("nan")), "a time-out is a number of seconds"),
+        (lambda one: one.task_send(b"", not_before="2030-01-01"), "not_before is a datetime with a time zone"),
+        (lambda one: one.task_send(b"", resources=["gpu"]), "resources are a mapping"),
+        (lambda one: one.call([], acks=["task"]), "as they came to a handler or from next_task, not 'task'"),
+    ],
+)
+async def test_what_is_of_another_type_is_refused_and_leaves_nothing(
+    peers: Connect, use: Callable[[Any], Awaitable[object]], words: str
+) -> None:
+    """With what is wrong, before anybody else hears of it; the communicator goes on."""
+    peer = await peers()
+    with pytest.raises((ValueError, TypeError), match=words):
+        await use(peer)
+    assert (await peer.statistics()).sessions[peer.session].pid == os.getpid()
+
+
+async def test_misuse_of_what_is_in_hand_leaves_it_in_hand(peers: Connect) -> None:
+    """Wrong words for its end do not end a task; a callback that is none is not registered."""
+    peer = await peers()
+    receipt = await peer.task_send(b"1", want_result=True)
+    task = await peer.next_task()
+    for misuse in (task.reject(None), task.fail("no"), task.fail(ValueError), task.acknowledge("1")):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"a text, not None|with an exception|a body is bytes"):
+            await misuse
+    with pytest.raises(TypeError, match="a callback is a function"):
+        peer.on_reconnect(5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="nobody awaits it: make it a plain function"):
+        peer.on_reconnect(peer.close)
+    with pytest.raises(TypeError, match="nobody awaits it: make it a plain function"):
+        await peer.add_broadcast_subscriber(print, on_missed=echo)  # type: ignore[arg-type]
+    await task.acknowledge(Bytes(b"42"))
+    assert await receipt.result() == b"42"
+
+
+async def test_bytes_of_a_subclass_are_bytes(peers: Connect) -> None:
+    """As numpy has one: as a body, as an answer, as the result of a task."""
+    peer, other = await peers(), await peers()
+
+    async def answer(question: bytes) -> bytes:
+        return Bytes(question + b"!")
+
+    await peer.add_rpc_subscriber(answer, "name")
+    await peer.add_task_subscriber(lambda task: Bytes(task.body))
+    assert await other.rpc_send("name", Bytes(b"1")) == b"1!"
+    receipt = await other.task_send(Bytes(b"2"), want_result=True)
+    assert await receipt.result() == b"2"
+    assert await other.rpc_send("name", b"3") == b"3!"
 
 
 async def test_nothing_is_lost_in_a_restart(broker: LocalBroker, peers: Connect) -> None:

@@ -53,6 +53,7 @@ from prunus.messaging.messages import (
     TaskSend,
     TasksListed,
     TaskSubscribe,
+    Unwelcome,
     Violation,
     Welcome,
     decode_from_broker,
@@ -242,6 +243,7 @@ def test_old_frames_of_clients_are_read_for_ever(frame: str, message: ClientMess
         ),
         ("b50193120102", BlobHeld(id=1, size=2)),
         ("b50194130102c40178", BlobPart(id=1, total=2, chunk=b"x")),
+        ("b501921482a474797065a145a76d657373616765a16d", Unwelcome(failure=Failure("E", "m"))),
     ],
 )
 def test_old_frames_of_the_broker_are_read_for_ever(frame: str, message: BrokerMessage) -> None:

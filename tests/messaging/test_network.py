@@ -12,8 +12,10 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from asyncio.subprocess import PIPE, create_subprocess_exec
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import pytest
 import zmq
 
 from prunus.errors import (
+    BusyError,
     ConnectionLostError,
     IndeterminateError,
     KeyRefusedError,
@@ -29,8 +32,8 @@ from prunus.errors import (
     ProfileError,
     UnroutableError,
 )
+from prunus.messaging import client, connect_sync, zeromq
 from prunus.messaging import server as server_module
-from prunus.messaging import zeromq
 from prunus.messaging.access import Role
 from prunus.messaging.blobs import BlobStore
 from prunus.messaging.communicator import Communicator
@@ -47,14 +50,15 @@ from prunus.messaging.messages import (
     Hello,
     HelloNeeded,
     Peer,
-    Violation,
+    Unwelcome,
     Welcome,
     decode_from_broker,
     encode,
 )
 from prunus.messaging.server import Server as BrokerServer
 from prunus.messaging.zeromq import NetworkDoor
-from prunus.testing.communicator_contract import CommunicatorContract, ContractService, Inbox, echo
+from prunus.testing import CommunicatorContract, ContractService
+from prunus.testing.communicator_contract import Inbox, echo
 from tests.messaging.test_unix import HERE, environment
 
 POLL_S = 0.01
@@ -135,6 +139,18 @@ def say(dealer: zmq.Socket[bytes], *messages: Hello | Heartbeat) -> list[BrokerM
         dealer.send(encode(message))
         answers.append(decode_from_broker(dealer.recv()))
     return answers
+
+
+def has_ended(connection: socket.socket) -> bool:
+    """Whether the other side has hung up by now; what it said before is skipped."""
+    try:
+        while connection.recv(1000, socket.MSG_DONTWAIT):
+            pass
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        pass
+    return True
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -235,6 +251,40 @@ async def test_a_revoked_key_is_worth_nothing_at_once(server: Server) -> None:
         await connect_to(server.folder / "worker.key")
 
 
+async def test_who_is_revoked_is_told_so(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """What waits ends with `KeyRefusedError`, and so does all that is asked afterwards; it does not come again."""
+    async with await connect_to(server.key("worker", Role.WORKER)) as peer:
+        subscription = await peer.add_task_subscriber(Inbox())
+        waiting = [asyncio.create_task(peer.next_task(queue="empty")), asyncio.create_task(peer.ended())]
+        await until(lambda: "empty" in server.exchange.statistics().queues)
+        server.keys.revoke("worker")
+        with pytest.raises(KeyRefusedError, match="does not know this key, or it was revoked") as error:
+            await waiting[0]
+        assert error.value.endpoint == server.places[0]
+        await waiting[1]
+        assert isinstance(peer.failure, KeyRefusedError)
+        for _ in range(2):
+            with pytest.raises(KeyRefusedError):
+                await peer.task_send(b"x")
+        refused = server.exchange.refused_connections
+        await subscription.cancel()
+    assert server.exchange.refused_connections == refused
+    assert caplog.text.count("everything that waits for it ends with this error") == 1
+
+
+def test_who_is_revoked_is_told_so_in_a_script(server: Server) -> None:
+    """The blocking face raises the same."""
+    server.key("script")
+    with connect_sync(server.folder / "script.key") as peer, ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(peer.next_task)
+        while "default" not in server.exchange.statistics().queues:
+            time.sleep(POLL_S)
+        server.keys.revoke("script")
+        for ask in (waiting.result, peer.statistics):
+            with pytest.raises(KeyRefusedError, match="does not know this key, or it was revoked"):
+                ask()
+
+
 async def test_a_revoked_key_is_not_heard_any_more(server: Server) -> None:
     """What is on the wire when the key is revoked is not done: the next frame finds nobody."""
     key = server.key("loud")
@@ -301,7 +351,7 @@ async def test_a_session_can_not_be_taken_over(server: Server) -> None:
             with raw_peer(thief) as dealer:
                 stolen = Hello(session=worker.session, peer=Peer(), identifiers=(("me", 0),), secret="guessed")
                 [answer] = say(dealer, stolen)
-                assert isinstance(answer, Violation)
+                assert isinstance(answer, Unwelcome)
                 assert isinstance(say(dealer, Heartbeat())[0], HelloNeeded)
                 assert await sender.rpc_send("me", b"x") == b"x"
 
@@ -390,21 +440,61 @@ async def test_large_messages_are_no_flood(server: Server, monkeypatch: pytest.M
 
 
 async def test_connections_are_counted(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One more than there may be is refused; when another leaves there is room again."""
+    """One more than there may be is told so; when another leaves there is room again."""
     monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 2)
     server = Server(short_folder)
     try:
         first = await connect_to(server.key("first"))
         second = await connect_to(server.key("second"))
         third = server.key("third")
-        with pytest.raises((ConnectionLostError, KeyRefusedError)):
-            await connect_to(third, timeout_s=0.5)
+        with pytest.raises(BusyError, match="as many connections as it may have; close some") as error:
+            await connect_to(third, timeout_s=20)
+        assert server.places[0] in error.value.reason
+        assert server.exchange.refused_connections == 1
         await first.close()
         third_peer = await connect_to(third, timeout_s=20)
         await third_peer.close()
         await second.close()
     finally:
         server.close()
+
+
+async def test_far_too_many_connections_get_no_handshake(
+    short_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that can't all be told are hung up on before they cost anything."""
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 2)
+    server = Server(short_folder)
+    host, _, port = server.places[0].removeprefix("tcp://").rpartition(":")
+    try:
+        async with await connect_to(server.key("there")) as peer:
+            with contextlib.ExitStack() as stack:
+                silent = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(60)]
+                too_many = 61 - 2 - zeromq.TOLD_CONNECTIONS
+                await until(lambda: sum(map(has_ended, silent)) == too_many)
+                assert caplog.text.count("one is hung up on") == 1, "the log is not filled"
+                with pytest.raises(UnroutableError):
+                    await peer.rpc_send("nobody", b"")
+    finally:
+        server.close()
+
+
+async def test_as_long_as_keys_cannot_be_read_nobody_is_refused_for_good(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who comes for the first time is told that it may try later; who was there comes again until it may."""
+    monkeypatch.setattr(client, "REFUSED_PAUSE_S", (POLL_S, POLL_S))
+    monkeypatch.setattr(client, "WELCOME_S", 0.5)
+    key, clients = server.key("worker"), server.keys.path / "clients.yaml"
+    async with await connect_to(key) as peer:
+        clients.chmod(0o644)
+        with pytest.raises(BusyError, match="try again later"):
+            await connect_to(key, timeout_s=20)
+        asking = asyncio.create_task(peer.rpc_send("nobody", b""))
+        await until(lambda: peer._core._turned_away is not None)
+        clients.chmod(0o600)
+        with pytest.raises((UnroutableError, IndeterminateError)):
+            await asking
 
 
 def test_hostile_streams(server: Server) -> None:

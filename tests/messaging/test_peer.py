@@ -219,6 +219,27 @@ async def test_what_the_broker_dropped_is_told(peers: Connect) -> None:
     assert await again.get()
 
 
+async def test_questions_are_bounded_by_bytes_too(peers: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not fit beside those in hand is refused; it fits when they are answered."""
+    asker, answerer = await peers(), await peers()
+    monkeypatch.setattr(deliveries, "MAX_QUESTION_BYTES_IN_HAND", 100)
+    come, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(body: bytes) -> bytes:
+        come.set()
+        await go_on.wait()
+        return b"%d" % len(body)
+
+    await answerer.add_rpc_subscriber(slow, "slow")
+    asking = asyncio.create_task(asker.rpc_send("slow", bytes(60)))
+    await come.wait()
+    with pytest.raises(BusyError, match="slow"):
+        await asker.rpc_send("slow", bytes(41))
+    go_on.set()
+    assert await asking == b"60"
+    assert await asker.rpc_send("slow", bytes(41)) == b"41"
+
+
 async def test_broadcasts_are_bounded_by_bytes_too(peers: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that does not fit beside those in hand is dropped and counted; what fits later comes."""
     peer = await peers()

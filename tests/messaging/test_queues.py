@@ -32,8 +32,9 @@ from prunus.messaging.messages import (
     TaskStored,
     TaskSubscribe,
     TaskUnsubscribe,
-    Violation,
+    Unwelcome,
     Welcome,
+    bytes_in_hello,
 )
 from prunus.messaging.queues import MAX_BACK_OFF_S, MAX_DEPTH, depth_of, needs_of, priority_of, urgency_of
 from prunus.messaging.taskstore import TaskStore
@@ -209,6 +210,39 @@ def test_what_two_patterns_match_is_given_once(floor: Floor) -> None:
     given = [floor.given(floor.add(f"t{number}", subject="a.b")) for number in range(4)]
     assert given == [[("cat", "t0")], [("bob", "t1")], [("cat", "t2")], []]
     assert floor.given(floor.ack("t1")) == [("bob", "t3")]
+
+
+def test_a_session_holds_no_more_than_it_can_say(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whatever subscription and credit; when it has done one it gets the next of any. Others are not concerned."""
+    monkeypatch.setattr(queues, "MAX_HELD_BYTES", 2 * bytes_in_hello("a1"))
+    for queue in ("a", "b", "c"):
+        floor.worker("bob", 10, queue=queue)
+    given = [floor.given(floor.add(task, queue=task[0])) for task in ("a1", "b1", "a2", "c1", "b2")]
+    assert given == [[("bob", "a1")], [("bob", "b1")], [], [], []]
+    assert floor.core.statistics().sessions["bob"].credit == 0
+    assert [len(floor.given(floor.ack(task))) for task in ("a1", "b1")] == [1, 1], "also those of other queues"
+    assert len(floor.tasks("held")) == 2
+    assert floor.worker("cat", 10, queue="a") + floor.worker("cat", 10, queue="b") + floor.worker("cat", 10, queue="c")
+    assert floor.tasks("ready") == []
+    for task in floor.tasks("held"):
+        floor.ack(task)
+    assert floor.tasks() == []
+    assert floor.core.statistics().sessions["bob"].credit == 30
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_full_session_gets_what_it_has_room_for_again(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch, *, shared: bool
+) -> None:
+    """Also if that waits in another queue than the one in which it has done something, or if it unsubscribed there."""
+    monkeypatch.setattr(queues, "MAX_HELD_BYTES", bytes_in_hello("a1"))
+    floor.hello("bob", queues=(("a", 10), ("b", 10)), shared=(("a", None), ("b", None)) if shared else ())
+    assert floor.given(floor.add("a1", queue="a")) == [("bob", "a1")]
+    assert floor.given(floor.add("b1", queue="b")) == []
+    floor.say("bob", TaskUnsubscribe(id=floor.next(), queue="a"))
+    assert floor.given(floor.ack("a1")) == [("bob", "b1")]
+    assert floor.given(floor.add("b2", queue="b")) == []
+    assert floor.given(floor.nack("b1", attempted=False)) == [("bob", "b2")]
 
 
 def test_a_dispatch_does_not_look_at_what_waits(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -815,9 +849,11 @@ def test_the_number_of_queues_has_a_bound(floor: Floor, monkeypatch: pytest.Monk
         assert isinstance(error, BusyError)
         assert "'d' would be too many: the broker has 3 (up to 3)" in error.reason
     for stated in ({"queues": (("a", 1), ("d", 1))}, {"filtered": (("d", "s", 1),)}):
-        [(_, violation)] = floor.hello("cat", **stated)
-        assert isinstance(violation, Violation)
-        assert "'d' would be too many" in violation.reason
+        [(_, unwelcome)] = floor.hello("cat", **stated)
+        assert isinstance(unwelcome, Unwelcome)
+        error = unwelcome.failure.to_exception()
+        assert isinstance(error, BusyError)
+        assert "'d' would be too many" in error.reason
     assert not floor.changes()
     assert "cat" not in floor.core.sessions()
     assert sorted(floor.core.statistics().queues) == ["a", "b", "c"]
@@ -867,7 +903,7 @@ def test_more_queues_than_there_may_be_are_served_after_a_restart(monkeypatch: p
     assert again.given(again.add("m", queue="mine")) == [("bob", "m")]
     assert isinstance(refusal(again.add("new", queue="new")), BusyError)
     assert again.limit("l0", concurrency=2) == [("ann", Done(id=again.requests))]
-    assert isinstance(again.hello("cat", queues=(("new", 1),))[0][1], Violation)
+    assert isinstance(again.hello("cat", queues=(("new", 1),))[0][1], Unwelcome)
 
 
 def test_the_names_of_resources_have_a_bound(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -915,6 +951,32 @@ def test_statistics_of_a_queue(floor: Floor) -> None:
     assert queue.accepted_per_s == pytest.approx(6 / 30)
     assert queue.settled_per_s == pytest.approx(1 / 30)
     assert queue.oldest_s == 30.0
+
+
+def test_the_longest_held_task_is_told(floor: Floor) -> None:
+    """For how long a session has worked on it; when it is done, or comes back, the next longest is told."""
+
+    def longest() -> float | None:
+        return floor.core.statistics().queues["q"].longest_held_s
+
+    floor.worker("bob", 3)
+    assert longest() is None
+    floor.add("first")
+    floor.pass_time(10.0)
+    floor.add("second")
+    floor.pass_time(10.0)
+    floor.add("third")
+    floor.pass_time(5.0)
+    assert longest() == 25.0
+    floor.nack("first")
+    floor.pass_time(1.0)
+    assert floor.holder("first") == "bob", "it was given out again, and is the youngest now"
+    assert longest() == 16.0
+    floor.ack("second")
+    assert longest() == 6.0
+    floor.ack("third")
+    floor.ack("first")
+    assert longest() is None
 
 
 def test_rates_are_those_of_the_last_minute(floor: Floor) -> None:
@@ -966,6 +1028,23 @@ def test_after_a_restart_everything_is_where_it_was(floor: Floor) -> None:
     again.hello("cat", queues=(("q", 9),))
     sends = again.say("bob", TaskAck(id=1, task="held", epoch=(EPOCH << 32) + 1))
     assert {delivery.task for _, delivery in again.deliveries(sends)} == {"blocked", "waits"}
+
+
+def test_after_a_restart_a_full_session_is_full(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it held counts."""
+    monkeypatch.setattr(queues, "MAX_HELD_BYTES", 2 * bytes_in_hello("t1"))
+    floor.worker("bob", 9)
+    for number in (1, 2, 3):
+        floor.add(f"t{number}")
+    changes = floor.changes()
+    sessions = tuple((name, peer) for name, peer in changes.sessions.items() if peer is not None)
+    held = tuple((task.id, task.hold.epoch) for task in changes.tasks if task.hold is not None)
+    for task in changes.tasks:
+        task.place = ""
+    again = Floor(broker.StoredState(tasks=changes.tasks, sessions=sessions), EPOCH + 1)
+    assert again.given(again.hello("bob", queues=(("q", 9),), held=held)) == []
+    acknowledged = again.say("bob", TaskAck(id=1, task="t1", epoch=held[0][1]))
+    assert again.given(acknowledged) == [("bob", "t3")]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -1100,3 +1179,30 @@ def test_no_number_is_given_twice_over_a_restart(floor: Floor) -> None:
     again.add("c")
     [new] = again.changes().tasks
     assert (new.id, new.number) == ("c", task.number + 1)
+
+
+# --- what is on its way ---
+
+
+def test_no_more_bodies_are_given_than_can_be_on_their_way(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest follows when they are read; meanwhile others get it, and what they held before counts for nothing."""
+    monkeypatch.setattr(queues, "MAX_GIVEN_BYTES", 4)
+    reads = {"bob": False, "cat": False}
+    floor.core.is_stuck = lambda session: not reads.get(session, True)
+    for number in range(10):
+        floor.add(f"t{number}")
+    assert floor.worker("bob", 10) == [("bob", "t0"), ("bob", "t1")]
+    assert floor.ack("t0") != []
+    assert floor.given(floor.wait(1.0)) == []
+    assert floor.worker("cat", 10) == [("cat", "t2"), ("cat", "t3")]
+    reads["bob"] = True
+    assert floor.core.due() <= floor.now
+    assert floor.given(floor.take(floor.core.go_on())) == [("bob", "t4"), ("bob", "t5")]
+    reads["bob"] = False
+    assert floor.core.due() > floor.now
+    floor.core.disconnected("bob")
+    reads["bob"] = True
+    assert floor.given(floor.take(floor.core.go_on())) == []
+    held = [(task, delivery.epoch) for task, delivery in floor.held.items() if task in ("t1", "t4", "t5")]
+    again = floor.hello("bob", held=tuple(held), queues=(("q", 10),))
+    assert floor.given(again) == [("bob", "t6"), ("bob", "t7")]

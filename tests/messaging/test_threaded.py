@@ -21,7 +21,8 @@ from prunus.messaging.connecting import connect_to
 from prunus.messaging.handover import Crossing
 from prunus.messaging.threaded import ThreadedCommunicator
 from prunus.messaging.unix import UnixTransport
-from prunus.testing.communicator_contract import CommunicatorContract, echo
+from prunus.testing import CommunicatorContract
+from prunus.testing.communicator_contract import echo
 from tests.messaging.raw import PATIENCE_S
 from tests.messaging.served import serving
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import os
 import random
 import resource
@@ -19,6 +20,7 @@ import threading
 import time
 from asyncio.subprocess import PIPE, Process, create_subprocess_exec
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 
@@ -32,9 +34,10 @@ from prunus.errors import (
     ForkedProcessError,
     IndeterminateError,
     ProfileError,
+    ProtocolError,
     StoreFullError,
 )
-from prunus.messaging import server, unix
+from prunus.messaging import broker, client, connect_sync, server, unix
 from prunus.messaging.broker import PAUSE_S
 from prunus.messaging.communicator import Communicator
 from prunus.messaging.connecting import connect_to
@@ -43,11 +46,17 @@ from prunus.messaging.exchange import Exchange
 from prunus.messaging.inventory import QueueStatistics
 from prunus.messaging.messages import (
     LEASE_S,
+    MAGIC,
+    MAX_CREDIT,
     MAX_FRAME_BYTES,
+    MAX_HELD_BYTES,
+    MAX_NAME_CHARS,
+    PROTOCOL,
     Alive,
     BlobGet,
     BroadcastDelivery,
     Done,
+    Goodbye,
     Heartbeat,
     Hello,
     HelloNeeded,
@@ -57,20 +66,25 @@ from prunus.messaging.messages import (
     TaskDelivery,
     TaskSend,
     TaskStored,
+    Unwelcome,
     Violation,
     Welcome,
+    bytes_in_hello,
     decode_from_broker,
     encode,
 )
 from prunus.messaging.server import Server
+from prunus.messaging.threaded import ThreadedCommunicator
 from prunus.messaging.unix import UnixDoor, socket_path
-from prunus.testing.communicator_contract import CommunicatorContract, Inbox, echo
+from prunus.testing import CommunicatorContract
+from prunus.testing.communicator_contract import Inbox, echo
 from tests.messaging import served
 from tests.messaging.raw import PATIENCE_S, RawPeer, framed, raw_peer
 
 Connect = Callable[[], Awaitable[Communicator]]
 HERE = Path(__file__).parent
 NOTHING = QueueStatistics()
+POLL_S = 0.01
 
 
 @contextmanager
@@ -245,17 +259,160 @@ def read_to_the_end(peer: RawPeer) -> None:
 
 
 async def test_connections_are_counted(short_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One more than there may be is refused; when another leaves there is room again."""
+    """One more than there may be is told so; when another leaves there is room again."""
     endpoint = f"ipc://{short_folder}/run/s"
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 2)
     with serving(endpoint) as exchange:
         first, second = await connect_to(endpoint), await connect_to(endpoint)
-        with pytest.raises(ConnectionLostError):
-            await connect_to(endpoint, timeout_s=0.3)
-        assert 1 <= exchange.refused_connections < 20, "it does not come again and again at once"
+        with pytest.raises(BusyError) as error:
+            await connect_to(endpoint, timeout_s=PATIENCE_S)
+        assert error.value.reason == (
+            f"the broker at {endpoint} refuses this client: "
+            "it has 2 connections, as many as it may have; close some, or try again later"
+        )
+        assert exchange.refused_connections == 1
         await first.close()
         await (await connect_to(endpoint, timeout_s=PATIENCE_S)).close()
         await second.close()
+
+
+def test_of_many_that_are_refused_the_log_tells_one(
+    short_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All are counted, and told why; nothing is kept of them."""
+    endpoint = f"ipc://{short_folder}/run/s"
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 1)
+    with serving(endpoint) as exchange, raw_peer(endpoint) as first:
+        first.send(encode(Hello(session="first", peer=Peer())))
+        assert isinstance(decode_from_broker(first.recv()), Welcome)
+        for _ in range(100):
+            with raw_peer(endpoint) as late:
+                assert isinstance(decode_from_broker(late.recv()), Unwelcome)
+                with pytest.raises(EOFError):
+                    late.recv()
+        assert exchange.refused_connections == 100
+        assert list(exchange.principals()) == ["first"]
+    assert caplog.text.count("more than 1 connections") == 1
+
+
+async def test_one_session_more_than_there_may_be(
+    endpoint: str, peers: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told which bound of which broker is reached, at once; when another leaves there is room."""
+    first = await peers()
+    monkeypatch.setattr(broker, "MAX_SESSIONS", 1)
+    with pytest.raises(BusyError, match="the bound of 1 sessions is reached; try again when some are gone") as error:
+        await connect_to(endpoint, timeout_s=PATIENCE_S)
+    assert endpoint in error.value.reason
+    with pytest.raises(BusyError, match="the bound of 1 sessions"):
+        connect_sync(endpoint)
+    await first.close()
+    await (await connect_to(endpoint)).close()
+
+
+@pytest.mark.parametrize("bound", ["MAX_SESSIONS", "MAX_CONNECTIONS"])
+async def test_who_was_there_comes_again(
+    bound: str, endpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A broker that has too many peers when a client comes back refuses it for now: what it is asked for waits."""
+    monkeypatch.setattr(client, "REFUSED_PAUSE_S", (0.05, 0.05))
+    with ExitStack() as first_life:
+        first_life.enter_context(serving(endpoint))
+        peer = await connect_to(endpoint)
+        await peer.add_rpc_subscriber(echo, "me")
+        monkeypatch.setattr(broker if bound == "MAX_SESSIONS" else server, bound, 1)
+        other = Path(endpoint.removeprefix("ipc://")).with_name("other")
+        with serving(f"ipc://{other}") as exchange, raw_peer(f"ipc://{other}") as early:
+            early.send(encode(Hello(session="early", peer=Peer())))
+            assert isinstance(decode_from_broker(early.recv()), Welcome)
+            first_life.close()
+            other.rename(other.with_name("s"))  # so nobody else is earlier
+            begun = time.monotonic()
+            asking = asyncio.create_task(peer.rpc_send("me", b"x"))
+            while exchange.refused_connections < 3:
+                await asyncio.sleep(POLL_S)
+            assert time.monotonic() > begun + 0.05, "it does not come again at once"
+            assert not asking.done()
+            early.send(encode(Goodbye(id=1)))
+            early.socket.shutdown(socket.SHUT_WR)
+            assert await asking == b"x"
+            await peer.close()
+    assert caplog.text.count("refuses this client for now") == 1
+
+
+@pytest.mark.parametrize(
+    ("begins", "words"),
+    [
+        (bytes((MAGIC, PROTOCOL + 1)), f"speaks protocol {PROTOCOL + 1}, this one {PROTOCOL}; use the same Prunus"),
+        (b"HTTP/1.1 400", "no message of Prunus"),
+    ],
+)
+async def test_who_speaks_another_language(begins: bytes, words: str, endpoint: str) -> None:
+    """What is there is named, at once, and why nobody can talk to it."""
+    path = socket_path(endpoint)
+    path.parent.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(answer_once, listening, begins + b"...")
+            with pytest.raises(ProtocolError, match=words) as error:
+                await connect_to(endpoint, timeout_s=PATIENCE_S)
+    assert endpoint in error.value.reason
+
+
+def answer_once(listening: socket.socket, frame: bytes) -> None:
+    """Hear what somebody says, answer with this, and wait until it leaves."""
+    peer, _ = listening.accept()
+    with peer:
+        peer.recv(1000)
+        peer.sendall(framed(frame))
+        peer.recv(1000)
+
+
+def test_who_speaks_another_version_is_told(endpoint: str, exchange: Exchange[Connection]) -> None:
+    """In the language of this one, whose header says which it is."""
+    with raw_peer(endpoint) as peer:
+        peer.send(bytes((MAGIC, PROTOCOL + 1)) + encode(Hello(session="s", peer=Peer()))[2:])
+        answer = peer.recv()
+    assert answer[1] == PROTOCOL
+    violation = decode_from_broker(answer)
+    assert isinstance(violation, Violation)
+    assert f"protocol {PROTOCOL + 1}" in violation.reason
+    assert exchange.principals() == {}
+
+
+async def test_a_session_holds_no_more_than_it_can_say(
+    endpoint: str, peers: Connect, exchange: Exchange[Connection]
+) -> None:
+    """However much credit it gives: so nothing is lost when it comes back, and what it has done makes room."""
+    ids = [f"{number:0{MAX_NAME_CHARS}}" for number in range(MAX_HELD_BYTES // MAX_NAME_CHARS)]
+    sends = [encode(TaskSend(id=number, task=task, body=b"")) for number, task in enumerate(ids, 1)]
+    with raw_peer(endpoint) as sender:
+        sender.send(encode(Hello(session="sender", peer=Peer())))
+        decode_from_broker(sender.recv())
+        for frame in sends:
+            sender.send(frame)
+            assert isinstance(decode_from_broker(sender.recv()), TaskStored)
+    most = math.ceil(MAX_HELD_BYTES / bytes_in_hello(ids[0]))
+    assert most < len(ids)
+    worker, inbox, up = await peers(), Inbox(), asyncio.Event()
+    await worker.add_task_subscriber(inbox, credit=MAX_CREDIT)
+    tasks = [await inbox.next() for _ in range(most)]
+    worker.on_reconnect(up.set)
+
+    def held() -> tuple[int, int]:
+        statistics = exchange.statistics()
+        return statistics.sessions[worker.session].held, statistics.sessions[worker.session].credit
+
+    assert held() == (most, 0)
+    pull_the_plug(worker)
+    await up.wait()
+    assert held() == (most, 0)
+    inbox.ack(tasks[0])
+    assert (await inbox.next()).id == ids[most]
+    assert held() == (most, 0)
+    assert exchange.statistics().delivered == most + 1
 
 
 def test_a_connection_for_which_there_is_no_file_is_taken_later(
@@ -462,19 +619,24 @@ async def test_a_lost_connection_is_not_the_end_of_a_session(peers: Connect, exc
     task = await inbox.next()
     up = asyncio.Event()
     forget = worker.on_reconnect(up.set)
-    core, transport = worker._core, worker._transport  # type: ignore[attr-defined]
-
-    def pull_the_plug(now: float) -> None:
-        transport.open()
-        core.connect(now)
-
-    worker._post(pull_the_plug)  # type: ignore[attr-defined]
+    pull_the_plug(worker)
     await up.wait()
     forget()
     assert await sender.rpc_send("echo", b"x") == b"x"
     inbox.ack(task, b"done")
     assert await receipt.result() == b"done"
     assert exchange.statistics().delivered == 1
+
+
+def pull_the_plug(peer: Communicator) -> None:
+    """Its connection breaks, and is made anew."""
+    assert isinstance(peer, ThreadedCommunicator)
+
+    def pull(now: float) -> None:
+        peer._transport.open()
+        peer._core.connect(now)
+
+    peer._post(pull)
 
 
 async def test_no_broker(endpoint: str) -> None:

@@ -171,6 +171,8 @@ def test_a_backup_is_put_back(connection: sqlite3.Connection, path: Path, tmp_pa
     with closing(open_database(path)) as restored, closing(open_database(aside)) as old:
         assert (count(restored), count(old)) == (1000, 1005)
     assert (tmp_path / "copy.db").exists()
+    again = [put_back(tmp_path / "copy.db", path, lambda copy: None) for _ in range(2)]  # in the same second
+    assert len({aside, *again}) == 3
 
 
 def test_a_backup_takes_the_place_of_a_damaged_database(

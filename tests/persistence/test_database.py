@@ -20,6 +20,7 @@ from prunus.persistence.database import (
     APPLICATION_ID,
     SCHEMA_VERSION,
     WAL_LIMIT_BYTES,
+    begin_note,
     checkpoint_wal,
     commit,
     database_path,
@@ -417,6 +418,210 @@ def test_a_large_file_is_checked_after_a_crash(path: Path, monkeypatch: pytest.M
     Path(f"{path}-wal").write_bytes(log)
     with pytest.raises(PersistenceError, match="prunus broker restore"):
         open_database(path)
+
+
+# --- what lay there last ----------------------------------------------------------------------------
+
+
+def noted(path: Path) -> sqlite3.Connection:
+    """The database at `path`, with a note of its marks beside it."""
+    connection = open_database(path)
+    begin_note(connection)
+    return connection
+
+
+def lie(path: Path, *, crashed: bool) -> None:
+    """A noted database that was closed, or that a kill left with all of its rows in its log."""
+    connection = noted(path)
+    connection.execute("CREATE TABLE t (x)")
+    checkpoint_wal(connection)
+    fill(connection, 5)
+    left = {file: file.read_bytes() for file in path.parent.iterdir()}
+    connection.close()
+    if crashed:
+        for file, content in left.items():
+            file.write_bytes(content)
+
+
+def rows(path: Path) -> int:
+    with closing(open_database(path)) as connection:
+        return int(connection.execute("SELECT count(*) FROM t").fetchone()[0])
+
+
+@pytest.mark.parametrize("crashed", [False, True])
+def test_what_was_noted_is_opened_again_and_again(path: Path, crashed: bool) -> None:
+    """By whoever opens it, with and without a log; and the note is for nobody else."""
+    lie(path, crashed=crashed)
+    assert stat.S_IMODE(Path(f"{path}-mark").stat().st_mode) == 0o600
+    assert [rows(path) for _ in range(3)] == [5, 5, 5]
+    with closing(noted(path)) as connection:
+        database.vacuum(connection)
+    with closing(open_database(path, exclusive=False)) as connection:
+        fill(connection, 1)
+    assert rows(path) == 6
+
+
+def test_another_program_may_put_the_log_into_the_file(path: Path) -> None:
+    """Whoever looks at it with SQLite's own shell after a crash does that, and nothing is lost by it."""
+    lie(path, crashed=True)
+    with closing(sqlite3.connect(path)) as other:
+        assert other.execute("SELECT count(*) FROM t").fetchone() == (5,)
+    assert not Path(f"{path}-wal").exists()
+    assert rows(path) == 5
+
+
+@pytest.mark.parametrize("crashed", [False, True])
+@pytest.mark.parametrize("log", ["log", "no log"])
+@pytest.mark.parametrize("lost", ["empty", "gone"])
+def test_a_database_that_was_taken_away_is_missed(path: Path, crashed: bool, log: str, lost: str) -> None:
+    """It was emptied or removed, after a stop or a crash, with its log or without: a new one would hide that."""
+    lie(path, crashed=crashed)
+    if log == "no log":
+        Path(f"{path}-wal").unlink(missing_ok=True)
+    path.write_bytes(b"")
+    if lost == "gone":
+        path.unlink()
+    assert f"{path} is {lost}, but" in refused(path)
+
+
+def test_a_new_beginning_needs_one_word(path: Path) -> None:
+    """That which the error says; and without any of the files nobody asks."""
+    lie(path, crashed=False)
+    path.unlink()
+    assert f"`rm {path}-mark`" in refused(path)
+    Path(f"{path}-mark").unlink()
+    with closing(noted(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 't'").fetchone() == (0,)
+    for file in path.parent.iterdir():
+        file.unlink()
+    noted(path).close()
+
+
+@pytest.mark.parametrize("content", [None, b"", bytes(4096)], ids=["removed", "emptied", "zeros"])
+@pytest.mark.parametrize("session", [1, 2])
+def test_a_log_that_was_taken_away_after_a_crash_is_missed(path: Path, content: bytes | None, session: int) -> None:
+    """What was committed is in it and nowhere else; that of the very first session, too."""
+    if session == 2:
+        noted(path).close()
+    connection = noted(path)
+    fill(connection, 5)
+    left = {file: file.read_bytes() for file in path.parent.iterdir()}
+    connection.close()
+    for file, before in left.items():
+        file.write_bytes(before)
+    log = Path(f"{path}-wal")
+    before = log.read_bytes()
+    log.unlink() if content is None else log.write_bytes(content)
+    assert f"its log {log} was removed or damaged" in refused(path)
+    log.write_bytes(before)
+    assert rows(path) == 5
+
+
+def test_who_can_go_on_without_what_is_lost_may(path: Path) -> None:
+    """By the word that the error says."""
+    lie(path, crashed=True)
+    Path(f"{path}-wal").unlink()
+    assert f"`rm {path}-mark`" in refused(path)
+    Path(f"{path}-mark").unlink()
+    assert rows(path) == 0
+
+
+@pytest.mark.parametrize("other", ["older", "another"])
+def test_another_file_in_its_place_is_noticed(path: Path, other: str) -> None:
+    """An older copy of it, or that of another profile: epochs would be given a second time."""
+    lie(path, crashed=False)
+    copy = path.with_name("copy.db")
+    with closing(open_database(path if other == "older" else copy)) as connection:
+        if other == "older":
+            database.back_up(connection, copy)
+    for _ in range(2):
+        rows(path)
+    copy.replace(path)
+    assert "is not the database that was there last" in refused(path)
+
+
+def test_a_note_that_is_torn_says_nothing(path: Path) -> None:
+    """It can't have been written in part; and if it was, it is no reason to refuse."""
+    lie(path, crashed=True)
+    note = Path(f"{path}-mark")
+    whole = note.read_bytes()
+    for damaged in (b"", whole[:30], bytes(len(whole)), whole[:-5] + bytes(5)):
+        note.write_bytes(damaged)
+        assert rows(path) == 5
+        assert note.read_bytes() != damaged
+        Path(f"{path}-wal").unlink(missing_ok=True)
+
+
+def test_a_note_that_became_longer_still_says_it(path: Path) -> None:
+    """What somebody appended to it is nobody's; notes are written over its beginning, and so it would stay for ever."""
+    lie(path, crashed=False)
+    with Path(f"{path}-mark").open("ab") as note:
+        note.write(b"and more")
+    assert rows(path) == 5
+    path.unlink()
+    with pytest.raises(PersistenceError, match="was a database once"):
+        open_database(path)
+
+
+def test_a_database_without_a_mark_is_noted_as_such(path: Path) -> None:
+    """There was no space for one."""
+    with closing(open_database(path)) as connection:
+        connection.execute("DROP TABLE log_mark")
+        begin_note(connection)
+        fill(connection, 5)
+    assert [rows(path) for _ in range(3)] == [5, 5, 5]
+
+
+def test_no_log_gets_a_mark_while_the_one_before_is_not_noted(path: Path) -> None:
+    """A disk that takes no notes for a while does not make a sound database look like a lost one."""
+    lie(path, crashed=False)
+    note = Path(f"{path}-mark")
+    kept = note.read_bytes()
+    note.unlink()
+    note.mkdir()  # it can't be written, not even by root
+    for _ in range(3):
+        assert rows(path) == 5
+    note.rmdir()
+    note.write_bytes(kept)
+    assert rows(path) == 5
+    assert note.read_bytes() != kept
+
+
+@pytest.mark.parametrize("crashed", [False, True])
+def test_a_restored_backup_is_what_lies_there(path: Path, tmp_path: Path, crashed: bool) -> None:
+    """Also in the place of a database that was lost; and the file that it replaces is refused from then on."""
+    lie(path, crashed=crashed)
+    with closing(open_database(path)) as connection:
+        database.back_up(connection, tmp_path / "copy")
+        fill(connection, 1)
+    aside = database.put_back(tmp_path / "copy", path, lambda copy: None)
+    assert aside is not None
+    assert rows(path) == 5
+    path.unlink()
+    assert database.put_back(tmp_path / "copy", path, lambda copy: None) is None
+    assert rows(path) == 5
+    aside.replace(path)
+    assert "is not the database that was there last" in refused(path)
+
+
+def test_a_restore_that_was_interrupted_is_not_taken_for_one(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old file without its log lies there: it is refused, and restoring again helps."""
+    lie(path, crashed=True)
+    with closing(open_database(path)) as connection:
+        database.back_up(connection, tmp_path / "copy")
+
+    def power_cut(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", power_cut)
+        with pytest.raises(KeyboardInterrupt):
+            database.put_back(tmp_path / "copy", path, lambda copy: None)
+    assert "is not the database that was there last" in refused(path)
+    database.put_back(tmp_path / "copy", path, lambda copy: None)
+    assert rows(path) == 5
 
 
 # --- space ------------------------------------------------------------------------------------------

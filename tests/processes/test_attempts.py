@@ -463,6 +463,32 @@ async def test_a_keyboard_interrupt_of_a_step_is_its_error(in_thread: bool) -> N
     assert failure.type == "KeyboardInterrupt"
 
 
+async def raises_at_once(self: Process) -> None:
+    raise GeneratorExit("no more")
+
+
+async def raises_later(self: Process) -> None:
+    await asyncio.sleep(0)
+    raise GeneratorExit("no more")
+
+
+def raises_plainly(self: Process) -> None:
+    raise GeneratorExit("no more")
+
+
+@pytest.mark.parametrize("run", [raises_at_once, raises_later, raises_plainly])
+@pytest.mark.parametrize("plain_steps", ["thread", "loop"])
+async def test_a_generator_exit_of_a_step_is_its_error(run: Any, plain_steps: str) -> None:
+    """Nobody has closed the step: it is raised like any other, and ends the attempt."""
+    raising = type("Raising", (Process,), {"run": run, "run_sync_steps_in": plain_steps})
+    process = raising()
+    await process.step()
+    await process.step()
+    failure = process.result().failure
+    assert failure is not None
+    assert (failure.type, failure.message) == ("GeneratorExit", "no more")
+
+
 async def test_a_process_that_a_killed_thread_has_called_is_killed() -> None:
     """The thread is not left to wait for ever."""
     called: list[Process] = []

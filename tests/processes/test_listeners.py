@@ -141,13 +141,14 @@ async def test_a_listener_that_was_taken_away_hears_no_more() -> None:
     assert heard.heard == ["created.running"] * 2
 
 
-async def test_a_broken_listener_disturbs_nobody(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+async def test_a_broken_listener_disturbs_nobody(error: type[BaseException], caplog: pytest.LogCaptureFixture) -> None:
     """It is logged with the pid; the process and the other listeners go on."""
 
     class Broken(ProcessListener):
         def __getattribute__(self, name: str) -> Any:
             if name.startswith("on_"):
-                raise RuntimeError("broken")
+                raise error("broken")
             return super().__getattribute__(name)
 
     heard = Hears()

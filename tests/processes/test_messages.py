@@ -72,6 +72,8 @@ class Review(Process):
         self.out("limit", limit)
         if limit < 0:
             raise ValueError("a limit is not negative")
+        if limit > 1_000:
+            raise SystemExit("a limit is not large")
         assert Process.current() is self
         assert Process.current_step() == "set_limit"
         return int(before)
@@ -321,6 +323,7 @@ async def test_an_update_changes_the_process_and_answers() -> None:
     ("wrong", "text"),
     [
         (Update("set_limit", [-1]), "a limit is not negative"),
+        (Update("set_limit", [1_001]), "a limit is not large"),
         (Update("set_limit", ["x"]), "Review.set_limit does not accept these values:\n  limit: expected int, got 'x'"),
         (Update("set_limit"), "Review.set_limit does not accept these values:\n  limit: "),
         (Update("set_limits", [1]), "there is no such query or update"),

@@ -71,6 +71,7 @@ def status(**facts: Any) -> BrokerStatus:
                 accepted_per_s=12.34,
                 settled_per_s=5.0,
                 oldest_s=75.0,
+                longest_held_s=7200.0,
                 limits=QueueLimits(concurrency=8, rate_per_s=2.5, burst=3, max_length=10_000),
             ),
             "mail": QueueStatistics(ready=1),

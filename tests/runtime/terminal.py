@@ -55,6 +55,14 @@ class Terminal:
         """Ctrl-C."""
         self.type("\x03")
 
+    def interrupt_until_it_ends(self) -> None:
+        """Ctrl-C; once more if it came in the moment before it began to wait for a key, so that it was not noticed."""
+        while True:
+            self.interrupt()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(2)
+                return
+
     def end(self, code: int = 0) -> str:
         """Wait for its end; its exit code must be `code`. All that it showed."""
         deadline_s = time.monotonic() + PATIENCE_S
@@ -78,13 +86,14 @@ class Terminal:
 
 
 @contextlib.contextmanager
-def terminal(shell: Shell, *words: str, columns: int = 100, lines: int = 30) -> Iterator[Terminal]:
-    """A command of `prunus` in a terminal; it does not outlive the block."""
+def terminal(shell: Shell, *words: str, columns: int = 100, lines: int = 30, **variables: str) -> Iterator[Terminal]:
+    """A command of `prunus` in a terminal, with these environment variables; it does not outlive the block."""
     descriptor, inner = pty.openpty()
     fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
     environment = {name: value for name, value in shell.environment.items() if name not in ("COLUMNS", "LINES")}
     environment |= {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
     environment.pop("NO_COLOR", None)
+    environment |= variables
 
     def take_terminal() -> None:
         os.setsid()

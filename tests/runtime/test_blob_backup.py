@@ -129,7 +129,7 @@ def served(profile: Profile) -> Iterator[Upkeep]:
 
 
 def ask(served: Upkeep, request: upkeep.Request) -> Copying:
-    return upkeep.decode_copying(served.execute(upkeep.encode(request).removeprefix(upkeep.PREFIX)))
+    return upkeep.decode_copying(served.execute(upkeep.encode(request).removeprefix(upkeep.PREFIX)).answer)
 
 
 def test_a_broker_copies_blobs_while_it_serves(served: Upkeep, tmp_path: Path) -> None:

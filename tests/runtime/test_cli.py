@@ -324,6 +324,18 @@ def test_list_show_and_watch(live: Shell) -> None:
     assert "--limit shows more" in limited.stderr
 
 
+def test_in_a_pipe_each_change_is_a_line(live: Shell) -> None:
+    """Of a launch that is waited for: from its beginning on, however quickly a state has passed."""
+    words = ("launch", "tests.runtime.workflows:Add", "a=1", "--pid", "piped", "--wait")
+    live(*words)
+    ended = live(*words)  # it has ended before anybody looks
+    assert re.findall(r"^\d\d:\d\d:\d\d  \S+  Add  (.*)$", ended.stderr, re.MULTILINE) == [
+        "created  run",
+        "running  run",
+        "finished",
+    ]
+
+
 def test_control_from_the_command_line(live: Shell) -> None:
     """pause, play, resume and kill, by the end of a pid; what can't be done is said for that process alone."""
     pid, other = live.launch("Ask"), live.launch("Ask")

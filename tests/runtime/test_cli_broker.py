@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from prunus.errors import TaskRejectedError
+from prunus.errors import ConnectionLostError, TaskRejectedError
 from prunus.messaging.communicator import Communicator, IncomingTask
 from prunus.runtime.cli.broker import HTTP_TIMEOUT_S
 from prunus.runtime.controller import connect
@@ -254,7 +254,7 @@ def test_why_nothing_was_done_to_a_task(live: Shell, queue: str) -> None:
         ("tasks", "show", "NAME"),
         ("tasks", "purge", "--yes", "NAME"),
         ("tasks", "requeue", "NAME"),
-        ("broker", "limit", "NAME", "--burst", "2"),
+        ("broker", "limit", "NAME", "--max-length", "2"),
         ("broker", "resource", "NAME", "2"),
     ],
 )
@@ -305,6 +305,18 @@ def test_a_task_of_a_process_shows_the_process(live: Shell) -> None:
     live("kill", pid)
 
 
+def test_tasks_of_processes_in_a_queue_of_their_own(live: Shell, queue: str) -> None:
+    """They show their processes too, beside tasks of others."""
+    pid = live.launch("Add", "a=1", "b=2", "--queue", queue)
+    send(live, queue, b"x")
+    _, own, other = live("tasks", queue).stdout.splitlines()
+    assert re.search(rf" {pid[-8:]} +Add, created ", own)
+    assert "Add" not in other
+    [task] = listed(live, queue, "--task-key", pid)
+    assert re.search(r"^process +Add, created$", live("tasks", "show", task["id"]).stdout, re.MULTILINE)
+    live("kill", pid)
+
+
 # --- the broker -------------------------------------------------------------------------------------
 
 
@@ -323,6 +335,19 @@ def test_the_broker_at_a_glance(live: Shell, queue: str) -> None:
     assert "say one of them" in live.error("broker", "status", "--watch", "--json", code=2)
     assert "needs a terminal" in live.error("broker", "status", "--watch", code=2)
     live("broker", "resource", "gpu", "none")
+
+
+def test_a_queue_that_nobody_serves(live: Shell, queue: str) -> None:
+    """The advice is a command that can be copied; a worker is none for tasks that are no processes."""
+    pid = live.launch("Add", "a=1", "--queue", "two words")
+    send(live, queue, b"x")
+    told = " ".join(live("daemon", "status", code=1).stdout.split())
+    assert "1 task of the queue two words waits for a worker" in told
+    assert "`prunus worker -q 'two words'`" in told
+    assert f"1 task of the queue {queue} waits for a program that takes them" in told
+    assert f"`prunus tasks --queue {queue}` lists them" in told
+    live("kill", pid)
+    live("tasks", "purge", "--yes", queue)
 
 
 def test_the_broker_is_watched(live: Shell) -> None:
@@ -357,6 +382,10 @@ def test_a_queue_is_limited_while_it_works(live: Shell, queue: str) -> None:
         send(live, queue, b"y")
     limits = json.loads(live("broker", "limit", queue, "--rate", "none", "--json").stdout)
     assert limits == {"concurrency": 2, "rate_per_s": None, "burst": 3, "max_length": 1}
+    without_rate = live.error("broker", "limit", queue, "--burst", "2", code=2)
+    assert f"--burst says how a rate begins, and '{queue}' has none then: say --rate R too" in without_rate
+    assert "--rate" in live.error("broker", "limit", queue, "--rate", "none", "--burst", "2", code=2)
+    assert json.loads(live("broker", "limit", queue, "--json").stdout) == limits
     for word in ("some", "-1", "nan", "inf"):
         assert "a number" in live.error("broker", "limit", queue, f"--rate={word}", code=2)
     assert json.loads(live("broker", "resource", "licence", "3", "--json").stdout) == {
@@ -391,7 +420,7 @@ def test_the_largest_number(live: Shell, queue: str) -> None:
     assert limits["concurrency"] == 2**63 - 1
     assert "below 2**63" in live.error("launch", "--resource", f"gpu={2**63}", "a:B", code=2)
     assert "below 2**63" in live.error("launch", "--resource", f"gpu={'9' * 5000}", "a:B", code=2)
-    assert "must be from 1 to " in live.error("broker", "limit", queue, f"--burst={most}")
+    assert "must be from 1 to " in live.error("broker", "limit", queue, "--rate=1", f"--burst={most}")
 
 
 def test_a_name_that_is_empty(tmp_path: Path) -> None:
@@ -406,6 +435,19 @@ def test_a_place_that_is_taken(live: Shell) -> None:
         place = f"127.0.0.1:{other.getsockname()[1]}"
         said = live.error("broker", "metrics", "--serve", place)
     assert f"can't listen at {place}: another program does: stop that one, or say another port" in said
+
+
+def test_a_broker_that_runs_and_says_nothing(live: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody looks for the end of one that has not ended."""
+
+    async def communicator(*_: object, **__: object) -> None:
+        raise ConnectionLostError("ipc:///there")
+
+    broker = json.loads(live("broker", "status", "--json").stdout)["pid"]
+    monkeypatch.setattr("prunus.runtime.connecting.communicator", communicator)
+    said = live.error("list")
+    assert f"Its process runs (pid {broker}), but is stopped, or has too much to do; `prunus daemon restart` " in said
+    assert "ended" not in said
 
 
 @pytest.fixture

@@ -121,6 +121,42 @@ def test_killing_by_filters_is_asked_first(live: Shell) -> None:
     assert live("list", "--all", "--tag", "asked", "-q").stdout == ""
 
 
+def test_ctrl_c_at_a_question_is_no_answer(live: Shell) -> None:
+    """Exit code 130, no traceback, and they live."""
+    pids = {live.launch("Ask", "--tag", "spared") for _ in range(2)}
+    for pid in pids:
+        live.until(pid, lambda facts: facts["state"] == "waiting")
+    for words in ["kill", "--tag", "spared"], ["tasks", "delete", "--queue", "spared", "--all"]:
+        with terminal(live, *words) as shown:
+            shown.until(r"\? \[y/N\]: ")
+            shown.interrupt_until_it_ends()
+            text = shown.end(130)
+        assert re.search(r"\? \[y/N\]: \^C\n", text)
+        assert "Traceback" not in text
+    assert set(live("list", "--tag", "spared", "-q").stdout.split()) == pids
+    live("kill", *pids)
+
+
+def test_a_dumb_terminal_is_written_to_like_a_pipe(live: Shell) -> None:
+    """Lines without colours or movements of a cursor: those of a watch, too. What has to draw says that it can't."""
+    with terminal(live, "launch", "tests.runtime.workflows:Add", "a=1", "--wait", TERM="dumb") as shown:
+        text = shown.end()
+    assert re.findall(r"  Add  (\w+)", text) == ["created", "running", "finished"]
+    assert "\x1b" not in shown.raw
+    failing = live.launch("Boom")
+    live("watch", failing, code=1)
+    for words in ["list", "--all"], ["logs", failing]:
+        with terminal(live, *words, TERM="dumb") as shown:
+            shown.end()
+        assert "\x1b" not in shown.raw
+    with terminal(live, "logs", failing, NO_COLOR="1") as shown:
+        assert "ZeroDivisionError" in shown.end()
+    assert "\x1b" not in shown.raw
+    for words in ["top"], ["broker", "status", "--watch"], ["daemon", "status", "--watch"]:
+        with terminal(live, *words, TERM="dumb") as shown:
+            assert "needs a terminal, and not a dumb one" in " ".join(shown.end(2).split())
+
+
 def test_what_takes_long_says_how_far_it_is(live: Shell) -> None:
     """A bar while running steps end, which is gone when they have."""
     files = [live.folder / f"step-{number}" for number in range(2)]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from prunus import Process, ProcessState, errors
-from prunus.persistence.persister import Query
+from prunus.persistence.persister import QUERY_LIMIT, Query
 from prunus.runtime.controller import ProcessController, ProcessHandle
 from prunus.testing.local_daemon import LocalDaemon
 from tests.runtime import workflows
@@ -59,6 +59,16 @@ async def test_launching_a_pid_again_continues_what_is_there(daemon: LocalDaemon
     again = await daemon.controller.launch(workflows.Add, {"a": 5}, pid="mine")
     assert (await again.result()).outputs.sum == 2
     assert len(await daemon.controller.find()) == 1
+
+
+async def test_all_processes_are_found_or_as_many_as_are_asked_for() -> None:
+    """More than one answer of the store holds; the newest first, each once."""
+    async with LocalDaemon(workers=0) as daemon:
+        handles = await daemon.controller.launch_many([(workflows.Add, {"a": 1})] * (QUERY_LIMIT + 1), tags=["many"])
+        newest_first = [handle.pid for handle in reversed(handles)]
+        assert [row.pid for row in await daemon.controller.find()] == newest_first
+        assert [row.pid for row in await daemon.controller.find(Query(tag="many"))] == newest_first
+        assert [row.pid for row in await daemon.controller.find(Query(limit=3))] == newest_first[:3]
 
 
 async def test_a_process_is_launched_as_its_options_say(daemon: LocalDaemon) -> None:

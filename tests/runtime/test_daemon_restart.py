@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import prunus
+from prunus.errors import DaemonError
 from prunus.persistence.persister import Query
 from prunus.runtime import daemon
 from prunus.runtime.controller import ProcessHandle, connect
@@ -23,7 +25,7 @@ from prunus.runtime.roster import BROKER
 from prunus.runtime.wish import Wish, write_wish
 from tests.faults.parts import PROJECT, Ended, command_line
 from tests.runtime import workflows
-from tests.runtime.stage import Stage
+from tests.runtime.stage import Stage, until
 from tests.runtime.waiting import file_has
 
 PROCESSES = 100
@@ -148,3 +150,28 @@ async def test_the_daemon_runs_in_the_foreground(short_folder: Path) -> None:
     assert "SIGINT: stopping the workers, then the broker" in text
     assert "the daemon ends" in text
     assert "worker-2" not in text
+
+
+async def test_a_daemon_goes_on_when_its_run_folder_was_removed(short_folder: Path) -> None:
+    """No second one starts beside it, and a moment later everybody is found as before: daemon, broker and workers."""
+    async with a_daemon(short_folder, workers=1) as prunus:
+        profile = prunus.profile
+        before = daemon.status(profile)
+        assert before.is_healthy
+        assert before.daemon is not None
+        shutil.rmtree(profile.path / "run")
+        refusal = f"^the daemon of this profile runs already \\(pid {before.daemon.pid}\\)"
+        with pytest.raises(DaemonError, match=refusal):
+            await daemon.start(profile)
+        socket = Path(profile.endpoint.removeprefix("ipc://"))
+        await until(lambda: daemon.status(profile).is_healthy and socket.exists())
+        after = daemon.status(profile)
+        assert after.daemon is not None
+        pids = {name: holder.pid for name, holder in before.services.items()}
+        assert (after.daemon.pid, {name: holder.pid for name, holder in after.services.items()}) == (
+            before.daemon.pid,
+            pids,
+        )
+        async with connect(profile) as controller:
+            handle = await controller.launch(workflows.Add, {"a": 1})
+            assert (await handle.result(30)).outputs.sum == 2

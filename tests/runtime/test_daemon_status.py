@@ -144,9 +144,16 @@ def test_a_worker_that_does_not_stay() -> None:
         ({}, {"silent_s": 30.0}, "worker-1 (pid 11) was not heard for 30 s"),
         ({}, {"recent_restarts": 4, "last_fault": "by SIGKILL"}, "4 times in the last 10 minutes, last by SIGKILL"),
         (
-            {"broker": a_broker(queues={"gpu": QueueStatistics(ready=3)})},
+            {"broker": a_broker(queues={"gpu": QueueStatistics(ready=3)}), "process_queues": ("gpu",)},
             {},
-            "3 tasks of the queue gpu wait for a worker",
+            "3 tasks of the queue gpu wait for a worker that takes it: add it to `queues` in config.yaml and `prunus "
+            "daemon reload`, or start one with `prunus worker -q gpu`.",
+        ),
+        (
+            {"broker": a_broker(queues={"two words": QueueStatistics(ready=1)})},
+            {},
+            "1 task of the queue two words waits for a program that takes them: start it; `prunus tasks --queue "
+            "'two words'` lists them.",
         ),
     ],
 )
@@ -288,7 +295,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     return Stage(Profile.create(tmp_path / "profile", Config(grace_s=0.2)), tmp_path)
 
 
-async def test_what_runs_is_looked_at(stage: Stage) -> None:
+async def test_what_runs_is_looked_at(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who runs, for how long, of which generation; who should, and what became of it."""
     write_wish(stage.profile, Wish(2, 1))
     with ServiceLock(stage.profile.lock("daemon")):
@@ -297,6 +304,9 @@ async def test_what_runs_is_looked_at(stage: Stage) -> None:
             evidence = Evidence(at=time.time(), pid=5, how="by SIGKILL", log="one\n\ntwo")
             change_note(stage.profile, W2, evidence=evidence, flapping=True, restarts=6, ends=(time.time(), 5.0))
             found = await health.look(stage.profile, Load())
+            monkeypatch.setattr(health, "HEALTHY_S", 0.0)
+            later = await health.look(stage.profile, Load())
+    assert later.services[W1].state == "running", "nobody says that it is not"
     assert found.daemon == os.getpid()
     assert {name: service.pid for name, service in found.services.items()} == pids
     assert found.broker is None

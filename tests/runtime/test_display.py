@@ -1,6 +1,7 @@
 """What people see of processes, from rows alone."""
 
 import io
+import shlex
 from typing import Any
 
 import pytest
@@ -257,3 +258,15 @@ def test_nothing_that_a_process_says_is_a_command_to_the_terminal() -> None:
     assert "\x1b" not in shown
     assert shown.count(r"red\x1b[2Jline") == 4
     assert display.log_line(LogLine(at=NOW, text="a\n\tb")).endswith("a\n\tb")
+
+
+def test_advice_can_be_copied_into_a_shell() -> None:
+    """What a shell would take for more than a word is quoted."""
+    record = row("it's;me", play="paused", names=("go on",))
+    found = display.trouble(record, [])
+    assert found is not None
+    command = found.advice.split("`")[1]
+    assert shlex.split(command) == ["prunus", "play", "it's;me"]
+    sends = display.how_to_continue(row("it's;me", state="waiting", names=("go on",)))
+    assert sends is not None
+    assert shlex.split(sends.split("`")[1]) == ["prunus", "send", "it's;me", "go on", "[VALUE]"]

@@ -12,7 +12,9 @@ from prunus.messaging.blobs import BlobStore
 from prunus.runtime import doctor, reconcile
 from prunus.runtime.display import span
 from prunus.runtime.doctor import MAX_SHOWN, Finding, examine
+from prunus.runtime.locks import ServiceLock
 from prunus.runtime.profile import Profile
+from prunus.runtime.services import End, Evidence, Notes, ServiceNote, write_notes
 from prunus.testing.local_daemon import LocalDaemon
 from prunus.testing.persister_contract import new
 from tests.runtime import features
@@ -110,3 +112,16 @@ def test_damaged_blobs_are_a_problem_until_they_are_set_aside(tmp_path: Path) ->
     assert (found.level, found.text) == ("fixed", f"{file} was damaged, and is now {file.name}.damaged")
     store.put(0.0, "s", digest, 0, len(body), body)
     assert doctor.examine_blobs(lambda: profile, fix=False) == [Finding("ok", "blobs", "each is what was put")]
+
+
+async def test_of_a_service_that_does_not_run_it_is_said_why(tmp_path: Path) -> None:
+    """How it ended, and what it said last: as in `prunus daemon status`."""
+    profile = Profile.create(tmp_path / "p")
+    end = End(at=0.0, pid=1, how="with exit code 1", code=1, ran_s=2.0, asked=False)
+    evidence = Evidence(at=0.0, pid=1, how=end.how, log="CRITICAL: prunus.db is gone\n")
+    write_notes(profile, Notes(services={"broker": ServiceNote(last_end=end, evidence=evidence)}))
+    with ServiceLock(profile.lock("daemon")):
+        [broker] = [one async for one in examine(lambda: profile) if one.subject == "broker"]
+    assert broker.level == "problem"
+    assert "broker does not run: it ended with exit code 1" in broker.text
+    assert "It said last: 'CRITICAL: prunus.db is gone'" in broker.text

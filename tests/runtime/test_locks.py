@@ -1,6 +1,8 @@
 """One holder a lock, decided by the kernel; the file is only what people read."""
 
+import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,3 +135,81 @@ def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
     """A lock that can't be made names its path."""
     with pytest.raises(DaemonError, match=r"no/x\.lock can't be opened"):
         ServiceLock(tmp_path / "no" / "x.lock").acquire()
+
+
+@pytest.mark.parametrize("what", ["nothing", "another file", "no folder"])
+def test_a_removed_lock_is_renewed(what: str, tmp_path: Path) -> None:
+    """Its holder is named again, others are refused again, and at its end it is free."""
+    path = tmp_path / "run" / "daemon.lock"
+    path.parent.mkdir()
+    with ServiceLock(path) as lock:
+        taken = read_holder(path)
+        path.unlink()
+        if what == "no folder":
+            path.parent.rmdir()
+        elif what == "another file":
+            path.write_text("something else")
+        assert read_holder(path) is None
+        lock.renew()
+        holder = read_holder(path)
+        assert holder is not None
+        assert holder == taken, "it is held as long as before"
+        with pytest.raises(DaemonError, match=f"daemon of this profile runs already \\(pid {os.getpid()}\\)"):
+            ServiceLock(path).acquire()
+        number = path.stat().st_ino
+        lock.renew()
+        assert path.stat().st_ino == number, "it is in its place"
+    assert read_holder(path) is None
+
+
+def test_a_lock_that_somebody_else_took_meanwhile_is_not_taken_away(tmp_path: Path) -> None:
+    """Without a folder that can happen; then each of them holds its own file."""
+    path = tmp_path / "daemon.lock"
+    with ServiceLock(path) as lock:
+        path.unlink()
+        with holding(path) as process:
+            lock.renew()
+            holder = read_holder(path)
+            assert holder is not None
+            assert holder.pid == process.pid
+
+
+def test_of_a_deleted_profile_nothing_is_made_again(tmp_path: Path) -> None:
+    """Neither a folder nor a file."""
+    path = tmp_path / "profile" / "run" / "daemon.lock"
+    path.parent.mkdir(parents=True)
+    with ServiceLock(path) as lock:
+        shutil.rmtree(tmp_path / "profile")
+        lock.renew()
+        assert not (tmp_path / "profile").exists()
+
+
+def test_a_removed_lock_with_a_folder_is_nobody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even before it is renewed; who asks is patient, for then its holder has a name."""
+    monkeypatch.setattr("prunus.runtime.locks.PATIENCE_S", 0.05)
+    path = tmp_path / "daemon.lock"
+    with ServiceLock(path, tmp_path) as lock:
+        path.unlink()
+        with pytest.raises(DaemonError, match="does not say who"):
+            ServiceLock(path, tmp_path).acquire()
+        lock.renew()
+        with pytest.raises(DaemonError, match="runs already"):
+            ServiceLock(path, tmp_path).acquire()
+    with ServiceLock(path, tmp_path):
+        pass
+
+
+async def test_a_lock_is_kept_while_something_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked after until that has ended, with its value."""
+    monkeypatch.setattr("prunus.runtime.locks.RENEW_INTERVAL_S", 0.001)
+    path = tmp_path / "worker-1.lock"
+
+    async def work() -> str:
+        path.unlink()
+        while read_holder(path) is None:
+            await asyncio.sleep(0)
+        return "done"
+
+    with ServiceLock(path) as lock:
+        assert await lock.kept(work()) == "done"
+    assert len(asyncio.all_tasks()) == 1

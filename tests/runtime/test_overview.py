@@ -32,12 +32,40 @@ def rows(what: RenderableType) -> list[list[str]]:
 
 
 def test_a_queue_is_a_row() -> None:
-    """What is in it by its place, the oldest, rates, the free places of who works on it, and its limits."""
+    """What is in it by its place, the oldest, for how long one is held, rates, free places, and its limits."""
     head, mail, render = rows(overview.queue_table(status()))
-    assert head == ["queue", "ready", "delayed", "blocked", "held", "dead", "oldest", "in/s", "out/s", "room", "limits"]
+    assert head[:6] == ["queue", "ready", "delayed", "blocked", "held", "dead"]
+    assert head[6:] == ["oldest", "held for", "in/s", "out/s", "room", "limits"]
     assert render[:6] == ["render", "1,200", "3", "2", "4", "5"]
-    assert render[6:] == ["1 min 15 s", "12.3", "5.0", "6", "8 at once, 2.5/s (burst 3), 10,000 long"]
+    assert render[6:] == ["1 min 15 s", "2 h 0 min", "12.3", "5.0", "6", "8 at once, 2.5/s (burst 3), 10,000 long"]
     assert mail == ["mail", "1", "-", "-", "-", "-", "0.0", "0.0", "nobody"]
+
+
+def test_a_narrow_terminal_leaves_out_what_says_least() -> None:
+    """Of queues and of tasks no cell is cut at 80 columns: first go the columns in which nothing stands."""
+    wide = status().queues["render"]
+    queues = {"render": msgspec.structs.replace(wide, blocked=0, limits=QueueLimits()), "mail": QueueStatistics()}
+    head, *_ = rows(what := overview.queue_table(status(queues=queues)))
+    assert {"delayed", "blocked", "limits"} <= set(head)
+    narrow = drawn(what, 80)
+    assert narrow.split("\n")[0].split()[:5] == ["queue", "ready", "delayed", "held", "dead"]
+    assert "\u2026" not in narrow
+    assert max(map(len, narrow.splitlines())) <= 80
+    limited = {"render": msgspec.structs.replace(wide, delayed=0, blocked=0, limits=QueueLimits(concurrency=8))}
+    assert "8 at once" in drawn(overview.queue_table(status(queues=limited)), 80)
+    limits = QueueLimits(concurrency=2, max_length=1000)
+    idle = {"render": msgspec.structs.replace(wide, delayed=0, blocked=0, held=0, longest_held_s=None, limits=limits)}
+    assert "2 at once, 1,000 long" in drawn(overview.queue_table(status(queues=idle)), 80)
+    held = [
+        task(id=f"b17fb9e1d96baaaa9557-{n}", key=UUID, subject="a", place="held", attempt=1, holder="w-1", held_s=754.0)
+        for n in range(2)
+    ]
+    tasks = overview.task_table(held, NOW, {UUID: process()})
+    assert re.search(r"id +queue +place +key +subject +attempt +process +size +age +what", drawn(tasks))
+    text = drawn(tasks, 80)
+    assert text.count("with w-1 for 12 min 34 s") == 2, "who holds it, and for how long, is what is asked for"
+    assert "\u2026" not in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

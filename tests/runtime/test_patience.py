@@ -30,6 +30,7 @@ class Screen(io.StringIO):
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PATIENCE_S", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
 
 
 @pytest.mark.usefixtures("impatient")
@@ -45,10 +46,13 @@ async def test_the_line_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_elsewhere_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line without anything that moves a cursor."""
-    screen = Screen(is_terminal=False)
+@pytest.mark.parametrize("is_terminal", [False, True])
+async def test_elsewhere_it_is_said_once(monkeypatch: pytest.MonkeyPatch, is_terminal: bool) -> None:
+    """A line without anything that moves a cursor: in a pipe, and on a dumb terminal."""
+    screen = Screen(is_terminal)
     monkeypatch.setattr("sys.stderr", screen)
+    if is_terminal:
+        monkeypatch.setenv("TERM", "dumb")
     async with patience("waiting for them", 4, "paused") as meter:
         await screen.written.wait()
         meter.draw()

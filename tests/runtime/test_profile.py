@@ -143,6 +143,7 @@ def test_the_generated_file_says_what_the_config_is(home: Path) -> None:
         ("grace_s: .nan", "grace_s: expected "),
         ("import_from: [1]", "import_from: expected str, got int"),
         ("modules: '*'", "modules: expected array, got str"),
+        ("listen: [10.0.0.1:5010]", "listen: '10.0.0.1:5010' is no place to listen at; it must be tcp://ADDRESS:PORT"),
         ("slotz: 3", "slotz: there is no such setting .*slots"),
         ("1: 3", "1: there is no such setting"),
         ("[1, 2]", "expected lines of the form"),

@@ -89,6 +89,9 @@ class World:
     def has_task(self, key: str) -> bool:
         return key in self.tasks
 
+    def is_served(self, queue: str) -> bool:
+        return bool(self.known)
+
     def sessions(self) -> set[str]:
         return self.known
 

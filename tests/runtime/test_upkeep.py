@@ -215,7 +215,7 @@ def served(connection: sqlite3.Connection) -> Iterator[Upkeep]:
 
 
 def say(served: Upkeep, request: Request) -> bytes:
-    return served.execute(upkeep.encode(request).removeprefix(upkeep.PREFIX))
+    return served.execute(upkeep.encode(request).removeprefix(upkeep.PREFIX)).answer
 
 
 def end_of(served: Upkeep) -> Copying:

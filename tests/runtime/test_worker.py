@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from prunus import errors
+from prunus.messaging import server
+from prunus.messaging.connecting import connect_to
 from prunus.persistence.persister import DEFAULT_QUEUE
+from prunus.runtime import worker
 from prunus.runtime.profile import Config, Profile
-from prunus.runtime.worker import Settings
+from prunus.runtime.worker import Settings, wait_for_broker
 from prunus.testing.local_daemon import LocalDaemon
 from tests.guarantees.real_daemon import RealDaemon
+from tests.messaging.served import serving
 from tests.runtime import workflows
 from tests.runtime.waiting import POLL_S, file_has, until
 
@@ -158,3 +162,22 @@ def test_a_profile_does_not_make_workers_of_the_control_lane(tmp_path: Path) -> 
     profile = Profile.create(tmp_path / "p", Config(queues=["default", "control"]))
     with pytest.raises(errors.ProfileError, match=r"config\.yaml: queues: 'control' is no queue"):
         Settings.of(profile)
+
+
+async def test_a_worker_waits_for_a_broker_that_has_room(
+    short_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that is full when the worker starts may soon not be; after its patience it says what is wrong."""
+    endpoint = f"ipc://{short_folder}/run/s"
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 1)
+    monkeypatch.setattr(worker, "BUSY_PAUSE_S", POLL_S)
+    with serving(endpoint):
+        first = await connect_to(endpoint)
+        with pytest.raises(errors.BusyError, match="1 connections, as many as it may have"):
+            await wait_for_broker(endpoint, "worker-1", 2 * POLL_S)
+        caplog.clear()
+        waiting = asyncio.create_task(wait_for_broker(endpoint, "worker-1", 30.0))
+        while "waiting for a broker" not in caplog.text:
+            await asyncio.sleep(POLL_S)
+        await first.close()
+        await (await waiting).close()

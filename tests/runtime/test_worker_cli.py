@@ -280,6 +280,36 @@ def test_a_worker_on_another_host_needs_a_key_and_its_classes(short_folder: Path
     assert not (far.folder / ".prunus").exists()
 
 
+def test_a_worker_whose_key_is_revoked_ends_with_a_sentence(short_folder: Path) -> None:
+    """At once, also in the midst of a step, which runs again elsewhere: its process is not its own any more."""
+    home, far, begun = Shell(short_folder / "home"), Shell(short_folder / "far"), short_folder / "begun"
+    for shell in (home, far):
+        shell.folder.mkdir()
+    shutil.copy(write_flows(short_folder), far.folder)
+    shutil.copy(far.folder / "flows.py", home.folder)
+    home("init", "-w", "1", "--listen", "tcp://127.0.0.1:*")
+    with broker_of(home):
+        home("key", "add", "cluster", "--role", "worker", "--out", str(far.folder / "cluster.key"))
+        with far.begin("--key", "cluster.key", "worker", "--grace", "86400") as worker:
+            pid = home("launch", "flows:Endless", f"file={begun}").stdout.strip()
+            wait_for_file(begun, 1)
+            home("key", "revoke", "cluster")
+            code, _, error = wait_until_gone(worker)
+        assert code == 1, error
+        assert "stopping: 1 process in hand is let go at once" in error
+        assert re.fullmatch(
+            r"Error: the broker at tcp://127.0.0.1:\d+ does not know this key, or it was revoked; "
+            r"ask its owner for a key \(prunus key add NAME --role ...\)",
+            error.splitlines()[-1],
+        ), error
+        assert "Traceback" not in error
+        with home.begin("worker", "--grace", "0") as other:
+            wait_for_file(begun, 2)
+            assert home.record(pid)["state"] == "running"
+            other.send_signal(signal.SIGINT)
+            wait_until_gone(other)
+
+
 def write_flows(folder: Path) -> Path:
     file = folder / "flows.py"
     file.write_text(FLOWS)

@@ -76,6 +76,89 @@ class Unsavable(Process):
         self.out("thing", object())
 
 
+class Heavy(Process):
+    """Something about it is too large for a checkpoint."""
+
+    @classmethod
+    def define(cls, spec: ProcessSpec) -> None:
+        super().define(spec)
+        spec.input("what", valid_type=str)
+        spec.output("small")
+        spec.output("thing", required=False)
+
+    async def run(self) -> Any:
+        self.out("small", "something")
+        much = "x" * (17 * 1024 * 1024)
+        match self.inputs.what:
+            case "output":
+                self.out("thing", much)
+            case "result":
+                return Stop(much)
+            case "effect":
+                await self.do("compute", lambda: much)
+            case "argument":
+                return Continue(self.run, much)
+            case "log":
+                self.report(much)
+            case _:
+                raise AssertionError(self.inputs.what)
+        return None
+
+
+class HeavyContext(WorkChain):
+    """Its context becomes too large for a checkpoint."""
+
+    @classmethod
+    def define(cls, spec: ProcessSpec) -> None:
+        super().define(spec)
+        spec.outline(cls.collect, cls.never)
+
+    async def collect(self) -> None:
+        self.ctx.few = "something"
+        self.ctx.points = [b"x" * 2**20] * 17
+
+    async def never(self) -> None:
+        raise AssertionError
+
+
+class Carrier(WorkChain):
+    """Waits for a child whose output is too large."""
+
+    @classmethod
+    def define(cls, spec: ProcessSpec) -> None:
+        super().define(spec)
+        spec.output("heard")
+        spec.outline(cls.submit_it, cls.look)
+
+    async def submit_it(self) -> None:
+        self.to_context(child=self.submit(Heavy, {"what": "output"}))
+
+    async def look(self) -> None:
+        self.out("heard", str(self.ctx.child.failure))
+
+
+class Loaded(Process):
+    """Its output is large, but not too large."""
+
+    @classmethod
+    def define(cls, spec: ProcessSpec) -> None:
+        super().define(spec)
+        spec.output("thing")
+
+    async def run(self) -> None:
+        self.out("thing", b"x" * (6 * 2**20))
+
+
+class Convoy(Process):
+    """Waits for three of these: all they are is too much for one message."""
+
+    async def run(self) -> Wait:
+        return Wait.all(*(self.submit(Loaded) for _ in range(3)), then=self.look)
+
+    async def look(self, *results: object) -> None:
+        raise AssertionError
+
+
 class Endless(Process):
     """Its step ends only when it is cancelled; files say that it has begun and that it has cleaned up."""
 
@@ -105,6 +188,23 @@ class Ask(Process):
 
     async def got(self, answer: Any = None) -> None:
         self.out("answer", answer)
+
+
+class Rent(Process):
+    """Has something elsewhere that it gives back when it is killed, and waits for a person."""
+
+    @classmethod
+    def define(cls, spec: ProcessSpec) -> None:
+        super().define(spec)
+        spec.input("returned", valid_type=str)
+        spec.output("flat")
+
+    async def run(self) -> Any:
+        self.out("flat", Path("a/flat"))
+        return Wait(msg="a tenant")
+
+    def on_kill(self, message: str | None) -> None:
+        Path(self.inputs.returned).write_text(f"{message}\n")
 
 
 class Fan(WorkChain):

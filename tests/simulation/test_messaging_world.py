@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.torture import kept
 from tests.torture.sim import campaign, messaging
 from tests.torture.sim.campaign import run_found, run_seeds
 from tests.torture.sim.messaging import Settings
+from tests.torture.sim.nemesis import FAULTS
 from tests.torture.simulated import run_kept
 
 SEEDS = 2000
@@ -34,6 +36,8 @@ SOMETIMES = (
     "fenced writes refused",
     "calls undone",
     "missed broadcasts told",
+    "listeners whose holes were counted",
+    "deaths of workers looked at",
     "sessions resumed",
     "silences",
     "names taken",
@@ -61,16 +65,15 @@ SOMETIMES = (
 """What must have happened in a sample of all runs: else they show nothing about it."""
 
 
-def test_a_seed_that_fails_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once, with what it found; from then on it runs first."""
-    monkeypatch.setattr(campaign, "SEEDS_FILE", tmp_path / "seeds.txt")
-    campaign.SEEDS_FILE.write_text("# Seeds.\nmessaging 5 late one\n")
-    for _ in range(2):
-        campaign.keep("messaging", 5, "one")
-        campaign.keep("messaging", 6, "two\nlines")
-        campaign.keep("processes", 6, "three")
-    assert campaign.SEEDS_FILE.read_text().splitlines()[2:] == ["messaging 6 all two lines", "processes 6 all three"]
-    assert [seed for seed, _ in campaign.found_before("messaging")] == [5, 6]
+def test_seeds_that_are_kept_run_with_their_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that they need, or all."""
+    monkeypatch.setattr(kept, "FILE", tmp_path / "seeds.txt")
+    kept.FILE.write_text(
+        "# Seeds.\nmessaging 5 late one\nmessaging 6 all two\nprocesses 6 all three\nkills 7 50 four\n"
+    )
+    [(first, settings), (second, everything)] = campaign.found_before("messaging")
+    assert (first, second, everything) == (5, 6, Settings())
+    assert settings.without == frozenset(FAULTS) - {"late"}
     assert run_kept(0, 0).done == 3
 
 
@@ -113,13 +116,11 @@ def test_a_seed_is_one_run() -> None:
 def test_a_disk_that_loses_commits_is_found_out() -> None:
     """The same rig with a disk that does not keep what it was told to: then confirmed tasks are lost."""
     failures = run_seeds("messaging", range(40), Settings(synced=False)).failures
-    assert any("I1" in complaint for complaints in failures.values() for complaint in complaints)
+    assert any("I1: " in complaint for complaints in failures.values() for complaint in complaints)
 
 
 def test_without_faults_everything_is_done_once() -> None:
     """No redelivery, no resumed session, no error: so what the faults show is due to the faults."""
-    from tests.torture.sim.nemesis import FAULTS
-
     settings = Settings(without=frozenset(FAULTS), special=False, editing=False)
     for seed in range(10):
         outcome = messaging.run(seed, settings)

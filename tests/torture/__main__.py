@@ -5,7 +5,8 @@ meant to, or its share of the time (``--minutes``) is over. A batch is decided b
 
     python -m tests.torture RIG --seed SEED --size SIZE
 
-does it again. (Real kills happen when the machine says; their seeds decide who is struck and in which order.)
+does it again. (Real kills happen when the machine says; their seeds decide who is struck and in which order.) A batch
+that fails is kept (`kept`), and done first from then on.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import msgspec
 
+from tests.torture import kept
 from tests.torture.batch import PROJECT, Batch, CanNotRunError, environment
 
 BATCH_LIMIT_S = 900
@@ -50,12 +52,20 @@ class Campaign:
     """Of the time, if it is short."""
     is_time: bool = False
     """Sizes are seconds: it is one batch, that lasts as long as there is time."""
+    is_kept: bool = True
+    """A batch that fails is kept. False: there is no chance in it, or each of its simulated worlds is kept."""
 
 
 CAMPAIGNS = (
-    Campaign("kept-seeds", "simulated:run_kept", 1, None, "simulated worlds that found something once", 0.5),
-    Campaign("messaging-worlds", "simulated:run_messaging", 500, 200_000, "simulated worlds of peers", 8),
-    Campaign("process-worlds", "simulated:run_processes", 100, 5_000, "simulated worlds of processes", 3),
+    Campaign(
+        "kept-seeds", "simulated:run_kept", 1, None, "simulated worlds that found something once", 0.5, is_kept=False
+    ),
+    Campaign(
+        "messaging-worlds", "simulated:run_messaging", 500, 200_000, "simulated worlds of peers", 8, is_kept=False
+    ),
+    Campaign(
+        "process-worlds", "simulated:run_processes", 100, 5_000, "simulated worlds of processes", 3, is_kept=False
+    ),
     Campaign("kills", "kills.tasks:run", 50, 2_000, "cycles of kills and stops", 5),
     Campaign("process-kills", "kills.processes:run", 20, 400, "cycles of kills under work chains", 2),
     Campaign("power-cuts", "disk.power_cuts:run", 1_000, 20_000, "states after a power cut", 2),
@@ -66,8 +76,11 @@ CAMPAIGNS = (
     Campaign("full-disk", "disk.small_disk:run", 5, 40, "disks run full", 1),
     Campaign("codec", "fuzz.codec:run", 500_000, 14_000_000, "frames to the decoders", 3),
     Campaign("exchange", "fuzz.exchange:run", 100_000, 5_000_000, "frames to an exchange", 3),
-    Campaign("sockets", "fuzz.sockets:run", 100_000, 1_000_000, "frames to a broker's socket", 1),
-    Campaign("deaf-peers", "fuzz.sockets:run_deaf_timed", 2_000, 400_000, "broadcasts that nobody reads", 0.5),
+    Campaign("sockets", "fuzz.sockets:run_local", 100_000, 1_000_000, "frames to a broker's socket", 1),
+    Campaign("network", "fuzz.sockets:run_network", 50_000, 1_000_000, "messages to a broker's port", 1),
+    Campaign(
+        "deaf-peers", "fuzz.sockets:run_deaf_timed", 2_000, 400_000, "broadcasts that nobody reads", 0.5, is_kept=False
+    ),
     Campaign("soak", "soak.soak:run", 1_800, 1_800, "seconds in the life of a daemon", 8, is_time=True),
 )
 MUTANTS = "mutants"
@@ -116,35 +129,44 @@ def _in_a_program(campaign: Campaign, seed: int, size: int) -> Batch:
 
 
 def run_campaign(campaign: Campaign, first_seed: int, processes: int, limit_s: float) -> _Result:
-    """Batches, `processes` at a time, until the goal or the limit; at least one."""
+    """Batches, `processes` at a time, until the goal or the limit; at least one. Those that failed once come first."""
     result = _Result(campaign.rig, campaign.unit)
-    size = campaign.size
-    if campaign.is_time:
-        size = max(SHORTEST_SOAK_S, int(min(size, limit_s)))
     begun = time.monotonic()
-    running: dict[Future[Batch], int] = {}
-    seeds = iter(range(first_seed, first_seed + SEEDS))
+    running: dict[Future[Batch], tuple[int, int]] = {}
+    batches = batches_of(campaign, first_seed, limit_s)
     with ThreadPoolExecutor(processes) as pool:
         while True:
-            started = result.total.done + size * len(running)
-            is_less = not result.seeds if campaign.goal is None or campaign.is_time else started < campaign.goal
+            started = result.total.done + sum(size for _, size in running.values())
+            is_less = campaign.goal is None or campaign.is_time or started < campaign.goal
             go_on = is_less and time.monotonic() - begun < limit_s and not result.total.not_run
-            if go_on and len(running) < processes and not result.again:
-                seed = next(seeds)
-                running[pool.submit(_in_a_program, campaign, seed, size)] = seed
-                result.seeds.append(seed)
+            if go_on and len(running) < processes and not result.again and (batch_of := next(batches, None)):
+                running[pool.submit(_in_a_program, campaign, *batch_of)] = batch_of
+                result.seeds.append(batch_of[0])
                 continue
             if not running:
                 break
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                seed, batch = running.pop(future), future.result()
+                (seed, size), batch = running.pop(future), future.result()
                 result.total += batch
                 if batch.failures:
                     result.again.append(" ".join(command_of(campaign.rig, seed, size)))
+                    if campaign.is_kept:
+                        kept.keep(campaign.rig, seed, str(size), batch.failures[0])
             result.seconds = time.monotonic() - begun
             _show_progress(campaign, result)
     return result
+
+
+def batches_of(campaign: Campaign, first_seed: int, limit_s: float) -> Iterator[tuple[int, int]]:
+    """The seed and the size of each: first those that failed once (if they are no longer than there is time), then new
+    ones."""
+    for one in kept.kept(campaign.rig):
+        if not campaign.is_time or int(one.how) <= limit_s:
+            yield one.seed, int(one.how)
+    size = max(SHORTEST_SOAK_S, int(min(campaign.size, limit_s))) if campaign.is_time else campaign.size
+    number = 1 if campaign.goal is None or campaign.is_time else SEEDS
+    yield from ((seed, size) for seed in range(first_seed, first_seed + number))
 
 
 def run_mutants(seeds: int) -> _Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.torture import kept
 from tests.torture.batch import Batch, quiet
 from tests.torture.sim import campaign
 
@@ -30,7 +31,7 @@ def _new(world: str, seed: int, size: int) -> Batch:
     with quiet():
         tally = campaign.run_seeds(world, range(seed * size, (seed + 1) * size))
     for failed, complaints in tally.failures.items():
-        campaign.keep(world, failed, complaints[0])
+        kept.keep(world, failed, campaign.EVERY_FAULT, complaints[0])
     return _batch(world, tally)
 
 

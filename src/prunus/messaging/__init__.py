@@ -94,7 +94,8 @@ async def connect(
     """A communicator at the broker at `endpoint`; leave it with ``async with`` or `close`.
 
     `endpoint` is ``ipc://`` and a path, or the key for a broker on a network. Raises `ConnectionLostError` if no broker
-    answers within `timeout_s` (`KeyRefusedError`: it refuses this key), `ProfileError` for an impossible endpoint.
+    answers within `timeout_s`, `KeyRefusedError` or `BusyError` (a bound is reached) if one does and refuses this
+    client, `ProfileError` for an impossible endpoint.
     """
     from prunus.messaging.connecting import connect_to
 

@@ -125,7 +125,7 @@ class BlobStore:
             with contextlib.suppress(FileNotFoundError):
                 for left in os.listdir(self._unfinished):
                     os.unlink(self._unfinished / left)
-            self._count = sum(digest is not None for digest in self._walk())
+            self._count = sum(digest is not None for digest in _walk(self._folder))
 
     # --- putting ---
 
@@ -308,7 +308,7 @@ class BlobStore:
             for _ in range(SWEEP_STEPS):
                 digest = next(self._round, "")
                 if digest == "":
-                    self._round, self._next_round = self._walk(), now + SWEEP_PAUSE_S
+                    self._round, self._next_round = _walk(self._folder), now + SWEEP_PAUSE_S
                     break
                 if digest is not None and digest not in self._put_at and not is_needed(digest):
                     os.unlink(self._path(digest))
@@ -316,7 +316,7 @@ class BlobStore:
                     removed += 1
         except OSError as error:
             logger.warning("blobs can't be removed, and are tried again: %s", error)
-            self._round, self._next_round = self._walk(), now + SWEEP_PAUSE_S
+            self._round, self._next_round = _walk(self._folder), now + SWEEP_PAUSE_S
         if removed:
             logger.info("%d blobs that no task needs any more were removed", removed)
         return removed
@@ -324,14 +324,10 @@ class BlobStore:
     def keep_only(self, digests: Container[str]) -> None:
         """Remove all others. Raises `PersistenceError`."""
         with self._errors():
-            for digest in self._walk():
+            for digest in _walk(self._folder):
                 if digest is not None and digest not in digests:
                     os.unlink(self._path(digest))
                     self._count -= 1
-
-    def _walk(self) -> Iterator[str | None]:
-        """All blobs; None for each folder of them, which is looked at as a whole."""
-        return _walk(self._folder)
 
     # --- inside ---
 
@@ -397,6 +393,7 @@ def _opener(path: str, flags: int) -> int:
 
 
 def _walk(folder: Path) -> Iterator[str | None]:
+    """All blobs; None for each folder of them, which is looked at as a whole."""
     for place in _listed(folder, _PLACE):
         yield None
         for name in _listed(folder / place, _NAME):

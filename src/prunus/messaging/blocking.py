@@ -88,7 +88,17 @@ class BlockingReceipt(_Face[Receipt]):
 
     def result(self, timeout_s: float | None = None) -> bytes:
         """As `TaskReceipt.result`; raises `TimeoutError` if it is not there in time (it can be asked for again)."""
-        return self._communicator.wait_for(lambda: asyncio.wait_for(self._behind.result(), timeout_s))
+
+        async def within() -> bytes:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await self._behind.result()
+            except TimeoutError:
+                raise TimeoutError(
+                    f"the result of the task {self.id} was not there within {timeout_s:g} s; it can be asked for again"
+                ) from None
+
+        return self._communicator.wait_for(within)
 
 
 class BlockingSubscription(_Face[BaseSubscription]):

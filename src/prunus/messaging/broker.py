@@ -46,6 +46,9 @@ from prunus.errors import (
 from prunus.messaging.inventory import QueueLimits, SessionStatistics, Statistics, TaskInfo, shown_host
 from prunus.messaging.messages import (
     LEASE_S,
+    MAX_IDENTIFIERS,
+    MAX_PATTERNS,
+    MAX_TASK_SUBSCRIPTIONS,
     Alive,
     BlobGet,
     BlobPut,
@@ -84,26 +87,21 @@ from prunus.messaging.messages import (
     TaskStored,
     TaskSubscribe,
     TaskUnsubscribe,
+    Unwelcome,
     Violation,
     Welcome,
     decode_from_broker,
     encode,
 )
 from prunus.messaging.patterns import is_exact, matcher
-from prunus.messaging.queues import Deliver, Keep, Needs, Send, Task, TaskQueues, dead_letter, needs_of
+from prunus.messaging.queues import MAX_GIVEN_BYTES, Deliver, Keep, Needs, Send, Task, TaskQueues, dead_letter, needs_of
 
 PAUSE_S = 5.0
 """If the broker itself did not look at its clock for so long, everybody gets a new lease."""
 TICK_S = 1.0
 """How often clocks are looked at, at least."""
 MAX_SESSIONS = 10_000
-"""A `Hello` of one more is refused."""
-MAX_TASK_SUBSCRIPTIONS = 1_000
-"""Of one session; more are refused with `BusyError`."""
-MAX_PATTERNS = 10_000
-"""Broadcast subscriptions of one session; more are refused with `BusyError`."""
-MAX_IDENTIFIERS = 10_000
-"""Names under which one session answers; more are refused with `BusyError`."""
+"""A `Hello` of one more is refused with `BusyError`."""
 MAX_FORMER_NAMES = 100_000
 """Identifiers of which is remembered that somebody had and left them; with more, every one is taken for such."""
 MAX_QUESTIONS = 10_000
@@ -264,6 +262,8 @@ class BrokerCore:
         self._missed: dict[str, int] = {}
         """Broadcasts that were dropped and of which their receiver does not know yet."""
         self._missed_count = 0
+        self._untold: dict[str, deque[str | tuple[str, int]]] = {}
+        """By session, the tasks whose results it is to be told, and the questions, when it has read others."""
         self._edits: deque[_EditInHand] = deque()
         """Those of many tasks that go on, in turn."""
         self._changes = Changes()
@@ -288,26 +288,26 @@ class BrokerCore:
             self._handle(session, known, message)
         return self._finish()
 
-    def refusal(self, hello: Hello) -> str | None:
+    def refusal(self, hello: Hello) -> BusyError | ProtocolError | None:
         """Why this `Hello` is refused; None if it is not. A session belongs to whoever said its first one."""
         client = self._clients.get(hello.session)
         if client is not None and client.secret is not None:
             if not hmac.compare_digest(client.secret, _digest(hello.secret)):
-                return f"the session {hello.session!r} belongs to somebody else; choose another name"
+                return ProtocolError(f"the session {hello.session!r} belongs to somebody else; choose another name")
         elif hello.session not in self._sessions and len(self._sessions) >= MAX_SESSIONS:
-            return f"the bound of {MAX_SESSIONS:,} sessions is reached; try again when some are gone"
+            return BusyError(f"the bound of {MAX_SESSIONS:,} sessions is reached; try again when some are gone")
         for what, number, limit in (
             ("task subscriptions", len(hello.queues) + len(hello.filtered), MAX_TASK_SUBSCRIPTIONS),
             ("broadcast subscriptions", len(hello.patterns), MAX_PATTERNS),
             ("identifiers", len(hello.identifiers), MAX_IDENTIFIERS),
         ):
             if number > limit:
-                return f"{number:,} {what} are over the limit of {limit:,}"
+                return BusyError(f"{number:,} {what} are over the limit of {limit:,}; cancel some")
         if hello.session not in self._awaited:  # who was here before the restart gets back what it had
             try:
                 self._queues.check_queues((*(one[0] for one in hello.queues), *(one[0] for one in hello.filtered)))
             except BusyError as error:
-                return error.reason
+                return error.with_traceback(None)
         return None
 
     def tick(self, now: float) -> list[Effect]:
@@ -324,9 +324,15 @@ class BrokerCore:
         return self._finish()
 
     def go_on(self) -> list[Effect]:
-        """Do some more of an edit that is not done yet."""
+        """Give more to those who have read what they were given, and do some more of an edit that is not done yet."""
+        have_read = self._have_read()
+        for session in have_read:
+            if session in self._untold:
+                self._tell_more(session)
+            else:
+                self._queues.go_on(session)
         if not self._has_more():
-            return []
+            return self._finish() if have_read else []
         edit = self._edits.popleft()
         if not self._continue_edit(edit):
             self._edits.append(edit)
@@ -335,13 +341,14 @@ class BrokerCore:
     def due(self) -> float:
         """When `tick` or `go_on` has something to do next, at the latest a second after the last tick, however much is
         said meanwhile (and the wall clock may jump)."""
-        return self._now if self._has_more() else min(self._ticked + TICK_S, self._queues.due())
+        return self._now if self._has_more() or self._have_read() else min(self._ticked + TICK_S, self._queues.due())
 
     def disconnected(self, session: str) -> None:
         """Its connection is gone: nothing is delivered to it until it says `Hello` again."""
         known = self._sessions.get(session)
         if known is not None:
             known.connected = False
+            self._untold.pop(session, None)
             self._queues.disconnect(session)
 
     def expired(self, session: str) -> list[Effect]:
@@ -434,6 +441,17 @@ class BrokerCore:
         if self._queues.pending(queue, key) is None:
             self._queues.put(task_id, queue, body, key=key, priority=priority, depth=depth, needs=needs)
         return self._gathered()
+
+    def drop(self, key: str) -> list[Effect]:
+        """Nothing is left to be done about `key`: of the pending tasks with it those of the broker's own making go."""
+        for task in self._queues.pending_with(key):
+            if task.id.startswith(OWN_TASKS):
+                self._queues.delete(task)
+        return self._gathered()
+
+    def is_served(self, queue: str) -> bool:
+        """Whether anybody subscribes to this queue, who may be away for the moment."""
+        return self._queues.is_served(queue)
 
     def dispatch(self) -> list[Effect]:
         """Give out tasks as long as somebody has room."""
@@ -605,8 +623,8 @@ class BrokerCore:
     # --- sessions ---
 
     def _hello(self, session: str, hello: Hello) -> None:
-        if (reason := self.refusal(hello)) is not None:
-            self._send(session, Violation(reason=reason))
+        if (error := self.refusal(hello)) is not None:
+            self._send(session, Unwelcome(failure=Failure.of(error)))
             return
         known = self._sessions.get(session)
         # Who was not here in the life before this one, or was given up, can't know who had its identifiers meanwhile.
@@ -664,18 +682,18 @@ class BrokerCore:
             self._remove_pattern(session, known, subscription)
         for subscription, sender, subject in hello.patterns:
             self._add_pattern(session, known, subscription, sender, subject)
+        self._untold[session] = deque()
         self._say_results(session, hello)
-        for key in list(known.asked):
-            question = self._questions[key]
-            self._send(session, _delivery(key, question))
+        self._untold[session].extend(known.asked)
+        self._tell_more(session)
 
     def _say_results(self, session: str, hello: Hello) -> None:
-        waits = self._queues.awaited_by(session)
+        waits, untold = self._queues.awaited_by(session), self._untold[session]
         for task in list(waits.values()):
             if task.place not in ("dead", "settled"):
                 continue
             if task.id in hello.awaited or task.id in hello.expected:
-                self._send(session, task.outcome or dead_letter(task))
+                untold.append(task.id)
             else:
                 self._queues.forget_waiter(task, session)
         for task_id in hello.awaited:
@@ -683,11 +701,30 @@ class BrokerCore:
                 outcome = Failure.of(IndeterminateError(f"task {task_id}"))
                 self._send(session, TaskResult(task=task_id, outcome=outcome))
 
+    def _tell_more(self, session: str) -> None:
+        """As much as can be on its way; of what ended meanwhile nothing."""
+        waits, asked = self._queues.awaited_by(session), self._sessions[session].asked
+        untold, size = self._untold[session], 0
+        while untold and size < MAX_GIVEN_BYTES:
+            one = untold.popleft()
+            if isinstance(one, str):
+                if (task := waits.get(one)) is not None:
+                    frame = task.outcome or dead_letter(task)
+                    size += len(frame)
+                    self._send(session, frame)
+            elif one in asked:
+                question = self._questions[one]
+                size += len(question.body)
+                self._send(session, _delivery(one, question))
+        if not untold:
+            del self._untold[session]
+
     def _leave(self, session: str, *, for_good: bool = False) -> None:
         known = self._sessions.pop(session)
         was_heard = session not in self._awaited
         self._awaited.pop(session, None)
         self._missed.pop(session, None)
+        self._untold.pop(session, None)
         for identifier in known.identifiers:
             self._free_identifier(identifier)
         for subscription in list(known.patterns):
@@ -859,6 +896,10 @@ class BrokerCore:
     def _has_more(self) -> bool:
         """Whether an edit can go on."""
         return bool(self._edits) and not self.hold_back
+
+    def _have_read(self) -> list[str]:
+        """The sessions that were told as much as can be on its way, of those that read what is sent to them."""
+        return [session for session in {**self._untold, **self._queues.full} if not self.is_stuck(session)]
 
     def _continue_edit(self, edit: _EditInHand) -> bool:
         """Do the next tasks of it; whether that was all. Meanwhile each may have become what the edit is not about."""

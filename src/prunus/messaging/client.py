@@ -16,13 +16,16 @@ Rules
   tasks are somebody else's now.
 - Nothing waits for ever: a question ends at its deadline, other requests after `PATIENCE_S` without a broker, as
   `NotDeliveredError` if it was never sent and `IndeterminateError` if it was.
+- A broker that answers a `Hello` with no is believed. If one of its bounds is reached and it took this client before,
+  that passes: `Hello` is said again, more and more slowly (`REFUSED_PAUSE_S`), and what is asked meanwhile waits as
+  for a lost broker (with the `BusyError` as its end). Else the client has come to its end (`Ended`).
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TypeVar, assert_never
 
@@ -30,8 +33,10 @@ import msgspec
 
 from prunus.errors import (
     BusyError,
+    CommunicatorClosedError,
     Failure,
     IndeterminateError,
+    KeyRefusedError,
     NotDeliveredError,
     ProtocolError,
     PrunusError,
@@ -39,6 +44,11 @@ from prunus.errors import (
 )
 from prunus.messaging.messages import (
     LEASE_S,
+    MAX_AWAITED_BYTES,
+    MAX_IDENTIFIERS,
+    MAX_PATTERNS,
+    MAX_STATED_BYTES,
+    MAX_TASK_SUBSCRIPTIONS,
     Alive,
     BlobHeld,
     BlobPart,
@@ -76,8 +86,10 @@ from prunus.messaging.messages import (
     TaskStored,
     TaskSubscribe,
     TaskUnsubscribe,
+    Unwelcome,
     Violation,
     Welcome,
+    bytes_in_hello,
     decode_from_broker,
     decode_from_client,
     encode,
@@ -90,6 +102,8 @@ SILENCE_S = 10.0
 """A broker that says nothing for so long is lost."""
 WELCOME_S = 3.0
 """How long a `Hello` waits for its `Welcome` before the connection is made anew."""
+REFUSED_PAUSE_S = (1.0, 10.0)
+"""How soon a client whose `Hello` was refused says it again, at first and at last."""
 PATIENCE_S = 60.0
 """How long a request waits for a lost broker to come back."""
 MAX_UNANSWERED = 10_000
@@ -98,21 +112,16 @@ MAX_UNANSWERED_BYTES = 256 * 1024 * 1024
 """Their bytes; more are refused with `BusyError`."""
 MAX_AWAITED = 100_000
 """Results that are waited for; `task_send` for one more is refused with `BusyError`."""
-MAX_STATED_BYTES = 8 * 1024 * 1024
-"""Subscriptions, as every `Hello` says them; one more is refused with `BusyError`."""
 MAX_REMEMBERED = 10_000
 """Tasks whose highest epoch is remembered, and questions whose answer is."""
 MAX_REMEMBERED_BYTES = 64 * 1024 * 1024
 """The bytes of these answers; the oldest are forgotten first."""
 
-_UNLIMITED = (
-    TaskAck, TaskNack, TaskSubscribe, TaskUnsubscribe, RpcSubscribe, RpcUnsubscribe, BroadcastSubscribe,
-    BroadcastUnsubscribe, Goodbye,
-)  # fmt: skip
-"""Requests that give something back, for which the broker would wait, or that say what is true here already: they are
-never refused."""
 _SUBSCRIBES = (TaskSubscribe, RpcSubscribe, BroadcastSubscribe)
 _UNSUBSCRIBES = (TaskUnsubscribe, RpcUnsubscribe, BroadcastUnsubscribe)
+_UNLIMITED = (TaskAck, TaskNack, Goodbye, *_SUBSCRIBES, *_UNSUBSCRIBES)
+"""Requests that give something back, for which the broker would wait, or that say what is true here already: they are
+never refused."""
 _IN_HAND = (TaskAck, TaskNack)
 """Requests that have time as long as their task is in hand."""
 
@@ -163,6 +172,22 @@ class Up(_Event, frozen=True):
     again: bool
 
 
+class TurnedAway(_Event, frozen=True):
+    """The broker refuses us for now; we come again until it does not."""
+
+    error: BusyError
+
+
+class Ended(_Event, frozen=True):
+    """The broker refuses us for good: nothing more comes of this client."""
+
+    error: PrunusError
+
+
+OVER = (CommunicatorClosedError, KeyRefusedError, ProtocolError)
+"""What is raised, whatever is asked, once the user or the broker has ended it."""
+
+
 class Reconnect(_Event, frozen=True):
     """This connection is no good: make a new one and call `connect`."""
 
@@ -179,6 +204,8 @@ Event = (
     | BroadcastDelivery
     | NameTaken
     | Up
+    | TurnedAway
+    | Ended
     | Reconnect
     | Violation
     | Missed
@@ -217,6 +244,8 @@ class ClientCore:
         self._highest: OrderedDict[str, int] = OrderedDict()
         self._awaited: dict[str, None] = {}
         """Tasks whose result is waited for."""
+        self._awaited_bytes = 0
+        """What they take in a `Hello`."""
         self._expected: dict[str, tuple[int, bool]] = {}
         """The same before their `TaskSend` is answered: its id, and whether it may have joined another task."""
         self._may_join = 0
@@ -238,6 +267,12 @@ class ClientCore:
         self._answers: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._answers_bytes = 0
         self._out: list[bytes] = []
+        self._is_greeting = False
+        """A `Hello` waits for its answer."""
+        self._turned_away: BusyError | None = None
+        """Why the last one was refused ..."""
+        self._pause_s = 0.0
+        """... and how long after it the next one is said."""
         self._hello_at = self._heard_at = self._beat_at = self._lost_at = 0.0
         self._lease_s = LEASE_S
         """The broker's; how often a sign of life is due follows from it."""
@@ -260,22 +295,16 @@ class ClientCore:
         silent_s = now - self._beat_at
         if not self.up or silent_s <= self._lease_s:
             return []
-        self.up, self._lost_at = False, now
+        self.up, self._is_greeting, self._lost_at = False, False, now
         self._out.clear()
         return [Reconnect(f"this process stood still: it showed no life for {silent_s:.0f} s")]
 
     def on_frame(self, now: float, frame: bytes) -> list[Event]:
         """What a frame of the broker means. Raises `ProtocolError` (make a new connection then)."""
+        if not self.up:
+            return self._greeted(now, frame)
         message = decode_from_broker(frame)
         self._heard_at = now
-        if not self.up:  # only what says who is there counts; all else will be said again after our Hello
-            match message:
-                case Welcome():
-                    return self._welcome(now, message)
-                case Violation():
-                    return [message]
-                case _:
-                    return []
         match message:
             case TaskStored() | Done() | RpcDone() | CallDone() | TasksListed() | Edited() | StatisticsTold():
                 return self._answered(message)
@@ -309,7 +338,7 @@ class ClientCore:
                 self.up, self._lost_at = False, now
                 self._hello(now)
                 return []
-            case Welcome():
+            case Welcome() | Unwelcome():
                 return []
             case _:
                 assert_never(message)
@@ -333,13 +362,21 @@ class ClientCore:
                     continue
                 if now - max(one.asked_at, self._lost_at) > PATIENCE_S:
                     events += self._give_up(request)
-            if now - self._hello_at > WELCOME_S:
+            if self._turned_away is not None and not self._is_greeting:
+                if now - self._hello_at >= self._pause_s:
+                    self._hello(now)
+            elif now - self._hello_at > WELCOME_S:
                 events.append(Reconnect(f"no welcome for {WELCOME_S:g} s"))
         return events
 
     def due(self) -> float:
         """When `tick` has something to do next, at the latest."""
-        next_sign = self._beat_at + self._heartbeat_s if self.up else self._hello_at + WELCOME_S
+        if self.up:
+            next_sign = self._beat_at + self._heartbeat_s
+        elif self._turned_away is not None and not self._is_greeting:
+            next_sign = self._hello_at + self._pause_s
+        else:
+            next_sign = self._hello_at + WELCOME_S
         while self._deadlines and self._deadlines[0][1] not in self._unanswered:
             heapq.heappop(self._deadlines)
         return min(next_sign, self._deadlines[0][0]) if self._deadlines else next_sign
@@ -372,23 +409,22 @@ class ClientCore:
             len(self._unanswered) >= MAX_UNANSWERED or self._unanswered_bytes + len(frame) > MAX_UNANSWERED_BYTES
         ):
             raise BusyError(f"{len(self._unanswered):,} requests wait for the broker; try again later")
+        if isinstance(message, _SUBSCRIBES):
+            self._check_stated(message, _bytes_stated(message, frame))
         if (
-            isinstance(message, _SUBSCRIBES)
-            and (more := len(frame) - self._stated.get(_name_of(message), 0)) > 0
-            and self._stated_bytes + more > MAX_STATED_BYTES
+            isinstance(message, TaskSend)
+            and message.want_result
+            and (len(self._awaited) >= MAX_AWAITED or self._awaited_bytes >= MAX_AWAITED_BYTES)
         ):
             raise BusyError(
-                f"{len(self._stated):,} subscriptions with names of {self._stated_bytes:,} bytes are there already; "
-                "cancel some, or make their names shorter"
+                f"{len(self._awaited):,} results are waited for; send without want_result, or wait for some"
             )
-        if isinstance(message, TaskSend) and message.want_result and len(self._awaited) >= MAX_AWAITED:
-            raise BusyError(f"{MAX_AWAITED:,} results are waited for; send without want_result, or wait for some")
         self._next_id += 1
         self._unanswered[message.id] = one = _Unanswered(message, frame, now)
         self._unanswered_bytes += len(frame)
         if timeout_s is not None:
             heapq.heappush(self._deadlines, (now + timeout_s, message.id))
-        self._note(message, len(frame))
+        self._note(message, frame)
         if self.up:
             self._say_request(one)
         return message.id
@@ -409,7 +445,55 @@ class ClientCore:
 
     # --- inside ---
 
+    def _greeted(self, now: float, frame: bytes) -> list[Event]:
+        """What came before the broker knows us. Only its answer to our `Hello` counts; all else will be said again."""
+        try:
+            message = decode_from_broker(frame)
+        except ProtocolError as error:  # it speaks another version of the language, or none
+            return self._refused(error)
+        self._heard_at = now
+        match message:
+            case Welcome():
+                return self._welcome(now, message)
+            case Unwelcome():
+                return self._refused(message.failure.to_exception())
+            case Violation():
+                return self._refused(ProtocolError(message.reason))
+            case _:
+                return []
+
+    def _refused(self, error: PrunusError) -> list[Event]:
+        if not self._is_greeting:  # it is about something else, that was said on a connection which is no good any more
+            return []
+        self._is_greeting = False
+        if not (isinstance(error, BusyError) and self._was_up):
+            return [Ended(error)]
+        first, last = REFUSED_PAUSE_S
+        self._pause_s = min(2 * self._pause_s, last) if self._turned_away else first
+        is_known, self._turned_away = self._turned_away is not None, error
+        return [] if is_known else [TurnedAway(error)]
+
+    def _check_stated(self, message: TaskSubscribe | RpcSubscribe | BroadcastSubscribe, size: int) -> None:
+        """Raises `BusyError` if it is more than a `Hello` may say: the broker would refuse all of it."""
+        known: Collection[object]
+        match message:
+            case TaskSubscribe():
+                what, known, limit = "task subscriptions", self._queues, MAX_TASK_SUBSCRIPTIONS
+            case RpcSubscribe():
+                what, known, limit = "identifiers", self._identifiers, MAX_IDENTIFIERS
+            case BroadcastSubscribe():
+                what, known, limit = "broadcast subscriptions", self._patterns, MAX_PATTERNS
+        if _name_of(message) not in known and len(known) >= limit:
+            raise BusyError(f"this session has {limit:,} {what} already; cancel some")
+        more = size - self._stated.get(_name_of(message), 0)
+        if more > 0 and self._stated_bytes + more > MAX_STATED_BYTES:
+            raise BusyError(
+                f"{len(self._stated):,} subscriptions with names of {self._stated_bytes:,} bytes are there already; "
+                "cancel some, or make their names shorter"
+            )
+
     def _hello(self, now: float) -> None:
+        self._is_greeting = True
         self._hello_at = self._heard_at = now
         self._beat_unanswered = False
         hello = Hello(
@@ -433,6 +517,7 @@ class ClientCore:
 
     def _welcome(self, now: float, message: Welcome) -> list[Event]:
         self.up, self._beat_at = True, now
+        self._is_greeting, self._turned_away = False, None
         self._lease_s = message.lease_s
         self._heartbeat_s = min(HEARTBEAT_S, message.lease_s / 3)
         self.broker_epoch = message.broker_epoch
@@ -472,10 +557,10 @@ class ClientCore:
         """All requests below this are answered."""
         return next(iter(self._unanswered), self._next_id)
 
-    def _note(self, message: Request, size: int) -> None:
+    def _note(self, message: Request, frame: bytes) -> None:
         """What the request makes true is said in every `Hello` from now on."""
         if isinstance(message, _SUBSCRIBES):
-            name = _name_of(message)
+            name, size = _name_of(message), _bytes_stated(message, frame)
             self._stated_bytes += size - self._stated.get(name, 0)
             self._stated[name] = size
         elif isinstance(message, _UNSUBSCRIBES):
@@ -513,7 +598,7 @@ class ClientCore:
         events: list[Event] = [Answered(answer.id, answer, one.message)]
         match one.message:
             case TaskSend(want_result=True) if isinstance(answer, TaskStored):
-                self._awaited[answer.task] = None
+                self._await(answer.task)
                 if answer.task in self._early:
                     events += self._result(self._early[answer.task][0])
                 self._expect_no_more(one.message.task)
@@ -536,6 +621,7 @@ class ClientCore:
         is_awaited = message.task in self._awaited
         if is_awaited:
             del self._awaited[message.task]
+            self._awaited_bytes -= bytes_in_hello(message.task)
         if not (self._may_join or message.task in self._expected):
             self._say(ResultSeen(task=message.task))
         elif message.task not in self._early:
@@ -544,6 +630,11 @@ class ClientCore:
             while len(self._early) > MAX_REMEMBERED or self._early_bytes > MAX_REMEMBERED_BYTES:
                 self._forget_early()
         return [message] if is_awaited else []
+
+    def _await(self, task: str) -> None:
+        if task not in self._awaited:
+            self._awaited[task] = None
+            self._awaited_bytes += bytes_in_hello(task)
 
     def _expect_no_more(self, task: str) -> None:
         """This send is answered: results that can't be those of the others are let go."""
@@ -579,7 +670,9 @@ class ClientCore:
     def _give_up(self, request: int) -> list[Event]:
         one = self._unanswered[request]
         name = one.message.recipient if isinstance(one.message, RpcRequest) else type(one.message).__name__
-        return self._fail(request, IndeterminateError(name) if one.said_to else NotDeliveredError(name))
+        if one.said_to:
+            return self._fail(request, IndeterminateError(name))
+        return self._fail(request, self._turned_away or NotDeliveredError(name))
 
     def _forget(self, request: int) -> _Unanswered | None:
         one = self._unanswered.pop(request, None)
@@ -609,6 +702,11 @@ def _name_of(message: Request) -> object:
             return message.subscription
         case _:
             raise TypeError(f"{type(message).__name__} is about no subscription")
+
+
+def _bytes_stated(message: Request, frame: bytes) -> int:
+    """What a subscription takes in a `Hello`, at most: of a shared one the names stand there twice."""
+    return 2 * len(frame) if isinstance(message, TaskSubscribe) and message.shared else len(frame)
 
 
 def _size(result: TaskResult) -> int:

@@ -3,7 +3,8 @@
 Bodies are opaque bytes. Handlers are ``async def`` (run in the event loop in which they were subscribed) or plain
 ``def`` (run in a worker thread, so that they block nobody), never on the communicator's own thread. Each delivery
 ends in exactly one answer: a result, an error or a cancellation. Every await is one fact: what comes back is the
-answer, never another future. A handler may use its communicator freely.
+answer, never another future. A handler may use its communicator freely. Operations go out in the order in which they
+were begun. What is misused is refused before it is sent, with a `ValueError` or `TypeError` that says what.
 
 ============  ===========================================================================================
 `task_send`   durable; returns when the task would survive a power cut (G1). Delivered to one subscriber of
@@ -18,13 +19,14 @@ answer, never another future. A handler may use its communicator freely.
 What happens at a bound
 - tasks: a subscriber never holds more than its credit; the rest waits at the broker.
 - questions: a subscriber with `MAX_QUESTIONS_IN_HAND` (or that does not read) refuses further ones with `BusyError`.
-- broadcasts: those that a slow subscriber can't take are dropped, and it is told how many (`on_missed`).
+- broadcasts: those that a slow subscriber can't take (`MAX_BROADCASTS_IN_HAND` are in its handler, or wait for it) are
+  dropped, and it is told how many (`on_missed`).
 
 What is too large for a message is a **blob**: bytes that the broker keeps in a file, named by their SHA-256. The body
 of a task becomes one by itself. Who puts blobs and sends their references in bodies of his own (`blob_put`) should know
 that the broker can't see these: it keeps a blob while a task has it as its body, and for an hour after it was put.
 
-`prunus.testing` has the contract of this seam as a runnable suite.
+`prunus.testing.CommunicatorContract` is the contract of this seam as a runnable suite.
 """
 
 from __future__ import annotations
@@ -47,6 +49,10 @@ MAX_BODY_BYTES = 16 * 1024 * 1024
 """A larger message is refused with `MessageTooLargeError` before it is sent; a larger task becomes a blob."""
 MAX_BLOB_BYTES = 4 * 1024 * 1024 * 1024
 """A larger blob, and so a larger task, is refused with `MessageTooLargeError`."""
+MAX_QUESTIONS_IN_HAND = 1000
+"""Questions that the handlers of one communicator work on; more are answered with `BusyError`."""
+MAX_BROADCASTS_IN_HAND = 1000
+"""Broadcasts that wait for the handler of one subscription, or are in it; more are dropped and counted."""
 
 
 @dataclass(frozen=True)
@@ -204,9 +210,10 @@ class Communicator(Protocol):
         subject: str | None = None,
         shared: bool = False,
     ) -> Subscription:
-        """Work on tasks of `queue`, at most `credit` (and never more than a million) at once. `subject` is a pattern
-        (see `patterns`); None: all. The `shared` subscriptions of a communicator have one credit: what it holds by any
-        of them takes room in all, and a free place goes to the one that was made first, if there is a task for it."""
+        """Work on tasks of `queue`, at most `credit` at once (and never more than about 100,000 in all). `subject` is a
+        pattern (see `patterns`); None: all. The `shared` subscriptions of a communicator have one credit: what it holds
+        by any of them takes room in all, and a free place goes to the one that was made first, if there is a task for
+        it."""
         ...
 
     async def next_task(
@@ -315,8 +322,8 @@ class Communicator(Protocol):
         ...
 
     def on_reconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
-        """Call `callback` in this loop each time the connection is up again (what is broadcast meanwhile is missed).
-        Returns the function that takes it back."""
+        """Call `callback` in this loop each time the connection is up again (what is broadcast meanwhile is missed), or
+        broadcasts were dropped because this peer was too slow. Returns the function that takes it back."""
         ...
 
     async def close(self) -> None:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING
 
 from prunus.errors import ConnectionLostError, KeyRefusedError
 from prunus.messaging.communicator import CONNECT_TIMEOUT_S
 from prunus.messaging.keys import ClientKey
 from prunus.messaging.threaded import ThreadedCommunicator, Transport
 from prunus.messaging.unix import UnixTransport
-
-if TYPE_CHECKING:
-    from prunus.messaging.zeromq import NetworkTransport
 
 
 async def connect_to(
@@ -22,8 +18,9 @@ async def connect_to(
     """A communicator at the broker that serves `endpoint`; leave it with `close` or ``async with``.
 
     `endpoint` is ``ipc://`` and a path; or the key for a broker on a network, or the file of one. Raises
-    `ConnectionLostError` if no broker answers within `timeout_s`, `KeyRefusedError` if one does but does not take this
-    key, `ProfileError` for an impossible endpoint or a file that is no key.
+    `ConnectionLostError` if no broker answers within `timeout_s`, and as soon as one answers `KeyRefusedError` if it
+    does not take this key, `BusyError` if one of its bounds is reached, `ProtocolError` if it speaks another language;
+    `ProfileError` for an impossible endpoint or a file that is no key.
     """
     if isinstance(endpoint, str) and "://" in endpoint:
         return await _connected(UnixTransport(endpoint), endpoint, name, timeout_s)
@@ -32,38 +29,19 @@ async def connect_to(
     key = endpoint if isinstance(endpoint, ClientKey) else ClientKey.read(endpoint)
     where, transport = ", ".join(key.endpoints), NetworkTransport(key)
     try:
-        return await _connected(transport, where, name, timeout_s, transport)
+        return await _connected(transport, where, name, timeout_s)
     except ConnectionLostError as error:
         if transport.refusal is not None:
             raise KeyRefusedError(where, transport.refusal) from error
         raise
 
 
-async def _connected(
-    transport: Transport, where: str, name: str, timeout_s: float, network: NetworkTransport | None = None
-) -> ThreadedCommunicator:
-    """Once the broker knows it; at once `ConnectionLostError` if the broker of a network says that it will not."""
-    loop, unknown = asyncio.get_running_loop(), asyncio.Event()
-
-    def on_unknown_key() -> None:
-        loop.call_soon_threadsafe(unknown.set)
-
-    if network is not None:
-        network.on_unknown_key = on_unknown_key
+async def _connected(transport: Transport, where: str, name: str, timeout_s: float) -> ThreadedCommunicator:
+    """Once the broker knows it, or says that it will not."""
     communicator = ThreadedCommunicator(transport, where, name)
-    connected = asyncio.ensure_future(communicator.connected(timeout_s))
-    refused = asyncio.ensure_future(unknown.wait())
     try:
-        await asyncio.wait([connected, refused], return_when=asyncio.FIRST_COMPLETED)
-        if not connected.done():
-            raise ConnectionLostError(where)
-        await connected
+        await communicator.connected(timeout_s)
     except BaseException:  # also cancelled: the thread must not stay
-        connected.cancel()
         await asyncio.shield(communicator.close())
         raise
-    finally:
-        refused.cancel()
-        if network is not None:
-            network.on_unknown_key = lambda: None
     return communicator

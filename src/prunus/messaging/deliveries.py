@@ -22,7 +22,6 @@ import msgspec
 
 from prunus.errors import (
     BusyError,
-    CommunicatorClosedError,
     DuplicateSubscriberError,
     Failure,
     IndeterminateError,
@@ -31,10 +30,13 @@ from prunus.errors import (
     PrunusError,
     TaskRejectedError,
     UnroutableError,
+    speakable,
 )
-from prunus.messaging.client import ClientCore
+from prunus.messaging.client import OVER, ClientCore
 from prunus.messaging.communicator import (
     MAX_BODY_BYTES,
+    MAX_BROADCASTS_IN_HAND,
+    MAX_QUESTIONS_IN_HAND,
     BroadcastHandler,
     RpcHandler,
     TaskHandler,
@@ -56,19 +58,14 @@ from prunus.messaging.messages import (
     TaskSubscribe,
     TaskUnsubscribe,
     outcome_of,
-    speakable,
 )
 from prunus.messaging.patterns import matcher
 
 if TYPE_CHECKING:
     from prunus.messaging.peer import PeerCommunicator
 
-MAX_QUESTIONS_IN_HAND = 1000
-"""Questions that the handlers of one communicator work on; more are answered with `BusyError`."""
 MAX_QUESTION_BYTES_IN_HAND = 256 * 1024 * 1024
 """The bodies of the questions in hand; more are answered with `BusyError`."""
-MAX_BROADCASTS_IN_HAND = 1000
-"""Broadcasts that wait for the handler of one subscription, or are in it; more are dropped and counted."""
 MAX_BROADCAST_BYTES_IN_HAND = 64 * 1024 * 1024
 """Their bodies, for all subscriptions together. One larger than what is left is dropped and counted."""
 MAX_REASON_CHARS = 1000
@@ -156,6 +153,13 @@ class Deliveries:
             in_hand = self.in_hand.get(task)
             if in_hand is not None and in_hand.delivery.epoch == epoch:
                 self.let_go(in_hand)
+
+    def give_up_places(self, now: float, acks: Iterable[tuple[str, int]]) -> None:
+        """A call is about to acknowledge these tasks: those that were fetched give up their places first."""
+        for task, epoch in acks:
+            in_hand = self.in_hand.get(task)
+            if isinstance(in_hand, PulledTask) and in_hand.delivery.epoch == epoch:
+                in_hand.pull.close(now)
 
     def lost(self, now: float, task: str) -> None:
         """Somebody else has this task now: nobody wants what comes of it here."""
@@ -288,7 +292,7 @@ class BaseSubscription(ABC):
         """On the core's side: deliver nothing more, and what to tell the broker."""
 
     async def cancel(self) -> None:
-        with contextlib.suppress(CommunicatorClosedError, NothingToDoError):
+        with contextlib.suppress(*OVER, NothingToDoError):
             await self.communicator._request(self.leave, nothing)
 
     async def set_credit(self, credit: int) -> None:
@@ -610,7 +614,7 @@ def _bytes_or_failure(result: object, error: BaseException | None, *, optional: 
     if error is None:
         if isinstance(result, bytes):
             if len(result) <= MAX_BODY_BYTES:
-                return result
+                return bytes(result)  # of a subclass (numpy has one) too
             error = MessageTooLargeError(len(result), MAX_BODY_BYTES)
         elif optional and result is None:
             return None

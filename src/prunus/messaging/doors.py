@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import selectors
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+from prunus.errors import BusyError, Failure
 from prunus.messaging.access import Principal
+from prunus.messaging.liveness import boottime
+from prunus.messaging.messages import Unwelcome
 
 MAX_BATCH = 256
 """About so many frames of one door are done in one commit ..."""
 MAX_BATCH_BYTES = 32 * 1024 * 1024
 """... and about their bytes."""
+REFUSAL_LOGGED_EACH_S = 5.0
+"""Of the connections that are refused for one reason the log tells one in so much time; all are counted."""
+
+logger = logging.getLogger(__name__)
 
 
 def woken(events: int) -> None:
@@ -56,6 +64,16 @@ class Door(ABC):
         """Those that have room again."""
         self.on_refused: Callable[[], None] = lambda: None
         """Called for each connection that is refused."""
+        self._logged_at: dict[str, float] = {}
+        """When the log was last told of each reason."""
+
+    def refuse(self, reason: str, *details: object) -> None:
+        """Count a connection that is refused; the log is not filled by those that come again and again."""
+        self.on_refused()
+        now = boottime()
+        if now >= self._logged_at.get(reason, -math.inf) + REFUSAL_LOGGED_EACH_S:
+            self._logged_at[reason] = now
+            logger.warning(reason, *details)
 
     @property
     @abstractmethod
@@ -100,3 +118,9 @@ class Door(ABC):
     @abstractmethod
     def close(self) -> None:
         """Idempotent."""
+
+
+def too_many_connections(bound: int | None = None) -> Unwelcome:
+    """What a peer is told for which there is no room; `bound` is how many connections there may be."""
+    number = "as many connections as it may have" if bound is None else f"{bound:,} connections, as many as it may have"
+    return Unwelcome(failure=Failure.of(BusyError(f"it has {number}; close some, or try again later")))

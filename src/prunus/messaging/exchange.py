@@ -14,17 +14,20 @@ asked anew after every commit and every tick, so at least once a second, and tho
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import sqlite3
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar, assert_never
 
 import msgspec
 
 from prunus.errors import (
+    BusyError,
     MessageTooLargeError,
     MessagingError,
     NotDeliveredError,
@@ -36,13 +39,14 @@ from prunus.errors import (
     TaskRejectedError,
     UnknownResourceError,
 )
-from prunus.messaging.access import OWNER, Principal, Role, reduced, what, who_may_say
+from prunus.messaging.access import OWNER, SENDING, Principal, Role, reduced, what, who_may_say
 from prunus.messaging.blobs import BlobStore
 from prunus.messaging.broker import OWN_TASKS, BrokerCore, Came, Describe, Effect, Left, Show
 from prunus.messaging.communicator import MAX_BODY_BYTES
 from prunus.messaging.inventory import Statistics, TaskInfo, fitting
 from prunus.messaging.messages import (
     LEASE_S,
+    MAX_FRAME_BYTES,
     BlobGet,
     BlobHeld,
     BlobPart,
@@ -51,16 +55,21 @@ from prunus.messaging.messages import (
     Call,
     CallDone,
     ClientMessage,
+    Goodbye,
     Hello,
     HelloNeeded,
     Peer,
     Refused,
+    StatisticsAsk,
     StatisticsTold,
     TaskDelivery,
+    TaskList,
     TasksListed,
+    Unwelcome,
     Violation,
     decode_from_client,
     encode,
+    encode_answers,
     outcome_of,
 )
 from prunus.messaging.queues import Deliver, Keep, Needs, Send, Task
@@ -72,8 +81,17 @@ MAX_OFFENDERS = 1000
 """How many connections that sent nonsense are remembered."""
 MAX_UNKNOWN = 1000
 """So many resources that tasks of the broker's own wait for in vain are told to the log, each once."""
+MAX_ANSWERS_BYTES = 256 * 1024 * 1024
+"""What the answers of one call may have in all; those that are too large for a message travel as a blob."""
 REFUSAL_LOGGED_EACH_S = 5.0
 """Of the sessions that are refused the log tells one in so much time; all are counted."""
+MAX_TOLD_BYTES = 8 * 1024 * 1024
+"""A connection that was told so much in one batch, or does not read, has to read before more of what may be large is
+done for it ..."""
+MAX_LATER = 10_000
+"""... and so many of its requests wait for that; more are refused with `BusyError` ..."""
+MAX_LATER_BYTES = 64 * 1024 * 1024
+"""... and so many bytes."""
 MAX_PARTS_BYTES = 8 * 1024 * 1024
 """What one session gets of blobs in one batch; then it gets none, and asks again."""
 
@@ -103,11 +121,18 @@ class NewBroadcast(msgspec.Struct, frozen=True, kw_only=True):
     body: bytes = b""
 
 
+class Over(msgspec.Struct, frozen=True):
+    """Nothing is left to be done about this key: the pending tasks with it that the service wanted go."""
+
+    key: str
+
+
 class Served(msgspec.Struct, frozen=True, kw_only=True):
     """What the service made of a request."""
 
     answer: bytes
     tasks: tuple[NewTask, ...] = ()
+    over: tuple[Over, ...] = ()
     broadcasts: tuple[NewBroadcast, ...] = ()
     wrote: bool = False
     """It changed the file, though no row of it: that is committed too."""
@@ -126,7 +151,7 @@ class Service(Protocol):
         """
         ...
 
-    def left(self, session: str, lost: Peer | None) -> Iterable[NewTask | NewBroadcast]:
+    def left(self, session: str, lost: Peer | None) -> Iterable[NewTask | Over | NewBroadcast]:
         """`session` is gone for good, and so are its claims on anything; in the commit that says so. `lost` is the
         process in which it died or fell silent; None: it said goodbye, or this broker never heard it."""
         ...
@@ -151,6 +176,14 @@ class BrokerStoppedError(MessagingError):
     def of(cls, error: sqlite3.Error) -> BrokerStoppedError:
         """What SQLite said. `full`: the disk is full; with space again the same would be done."""
         return cls(str(error), full=getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL)
+
+
+@dataclass(slots=True)
+class _Later:
+    """Requests of a connection that wait until it has read, and their bytes."""
+
+    frames: deque[bytes] = field(default_factory=deque)
+    size: int = 0
 
 
 class Exchange(Generic[Route]):
@@ -178,7 +211,8 @@ class Exchange(Generic[Route]):
 
         `failpoint` is called with ``before_commit``, ``after_commit`` and (by the server) ``after_send``;
         `on_session` when a session is known (with its process) or gone (None); `before_batch` with the bytes that
-        came, before anything is done with them. `principal_of` says who speaks on a connection.
+        came, before anything is done with them, and with those of a blob of the broker's own. `principal_of` says who
+        speaks on a connection.
         """
         if connection.isolation_level is not None:
             raise ValueError("open the connection with isolation_level=None: the exchange begins and commits itself")
@@ -208,6 +242,10 @@ class Exchange(Generic[Route]):
         """Sessions that the service has to be told are gone."""
         self._parts_bytes: dict[str, int] = {}
         """What each session got of blobs in this batch."""
+        self._told_bytes: dict[Route, int] = {}
+        """What each connection was told in this batch, by answers that may be large."""
+        self._later: dict[Route, _Later] = {}
+        """Requests that wait until their peer has read more of the answers to others."""
         self._written = False
         self._timer_due = math.inf if service is None else now
         """The `now` at which the service's timers are to be looked at ..."""
@@ -238,9 +276,11 @@ class Exchange(Generic[Route]):
         """Deal with frames that arrived together; what to send, all of it durable. Raises `BrokerStoppedError`."""
         frames = list(frames)
         self._parts_bytes.clear()
+        self._told_bytes.clear()
         self.before_batch(sum(len(frame) for _, frame in frames))
 
         def work() -> None:
+            self._take_later(now)
             for route, frame in frames:
                 self._take(now, route, frame)
             self._apply(self._core.go_on())
@@ -251,8 +291,10 @@ class Exchange(Generic[Route]):
 
     def tick(self, now: float) -> list[tuple[Route, bytes]]:
         """Let time pass (see `due`)."""
+        self._told_bytes.clear()
 
         def work() -> None:
+            self._take_later(now)
             self._apply(self._core.tick(now))
             self._apply(self._core.go_on())
             self._fire()
@@ -297,6 +339,7 @@ class Exchange(Generic[Route]):
     def drop_route(self, route: Route) -> None:
         """A connection is gone. Its session is not: it may come back on another one."""
         self._offences.pop(route, None)
+        self._later.pop(route, None)
         session = self._sessions.pop(route, None)
         if session is not None:
             del self._routes[session]
@@ -304,6 +347,8 @@ class Exchange(Generic[Route]):
 
     def due(self) -> float:
         """The `now` at which `tick` must be called, at the latest."""
+        if any(not self.is_stuck(route) for route in self._later):
+            return 0.0
         return self._core.due() if self._refuse_changes is not None else min(self._core.due(), self._next_timer())
 
     # --- what can be asked ---
@@ -344,6 +389,10 @@ class Exchange(Generic[Route]):
     def has_task(self, key: str) -> bool:
         """Whether a task with this key is pending or held."""
         return self._core.has_task(key)
+
+    def is_served(self, queue: str) -> bool:
+        """Whether anybody subscribes to this queue, who may be away for the moment."""
+        return self._core.is_served(queue)
 
     def own_tasks(self, limit: int) -> list[str]:
         """The keys of up to `limit` pending tasks of the broker's own making."""
@@ -425,6 +474,7 @@ class Exchange(Generic[Route]):
             self._begin()
             self._written = True
             came = list(self._service.left(session, lost))
+            self._drop(over for over in came if isinstance(over, Over))
             self._put(task for task in came if isinstance(task, NewTask))
             for news in came:
                 if isinstance(news, NewBroadcast):
@@ -555,8 +605,8 @@ class Exchange(Generic[Route]):
         principal = self.principal_of(route)
         if isinstance(message, Hello):
             message = reduced(principal.role, message)
-            if (reason := self._core.refusal(message)) is not None:
-                self._refuse(now, route, message.session, reason)
+            if (refusal := self._core.refusal(message)) is not None:
+                self._refuse(now, route, message.session, refusal)
                 return
             if not self._bind(route, message.session, principal):
                 return
@@ -565,20 +615,58 @@ class Exchange(Generic[Route]):
             self._sends.append((route, self._frame(HelloNeeded())))
         elif principal.role is not Role.OWNER and principal.role not in who_may_say(message):
             self._not_allowed(route, principal, message)
-        elif isinstance(message, Call):
-            self._call(now, session, message)
         elif isinstance(message, BlobPut | BlobGet):
             self._blob(now, session, message)
+        elif isinstance(message, Call | TaskList | StatisticsAsk):
+            if self._is_told_enough(route):
+                self._put_off(now, session, route, frame, message.id)
+                return
+            before = len(self._sends)
+            if isinstance(message, Call):
+                self._call(now, session, message)
+            else:
+                self._apply(self._core.handle(now, session, message))
+            told = sum(len(said) for to, said in self._sends[before:] if to == route)
+            self._told_bytes[route] = self._told_bytes.get(route, 0) + told
+        elif isinstance(message, Goodbye) and route in self._later:  # what it asked for before comes first
+            self._put_off(now, session, route, frame, message.id)
         else:
             self._apply(self._core.handle(now, session, message))
 
-    def _refuse(self, now: float, route: Route, session: str, reason: str) -> None:
+    def _is_told_enough(self, route: Route) -> bool:
+        """Whether answers that may be large have to wait until this peer has read others."""
+        return route in self._later or self._told_bytes.get(route, 0) >= MAX_TOLD_BYTES or self.is_stuck(route)
+
+    def _put_off(self, now: float, session: str, route: Route, frame: bytes, request: int) -> None:
+        later = self._later.setdefault(route, _Later())
+        if len(later.frames) < MAX_LATER and later.size + len(frame) <= MAX_LATER_BYTES:
+            later.frames.append(frame)
+            later.size += len(frame)
+            return
+        busy = BusyError(
+            f"{len(later.frames):,} of your requests wait until you have read the answers to others; read them"
+        )
+        if self._core.heard(now, session, request):
+            self._apply([Send(session, Refused(id=request, failure=outcome_of(busy)))])
+
+    def _take_later(self, now: float) -> None:
+        """What was put off, of those who have read meanwhile."""
+        for route in [route for route in self._later if not self.is_stuck(route)]:
+            later = self._later.pop(route)
+            while later.frames and self._told_bytes.get(route, 0) < MAX_TOLD_BYTES:
+                frame = later.frames.popleft()
+                later.size -= len(frame)
+                self._take(now, route, frame)
+            if later.frames:
+                self._later[route] = later
+
+    def _refuse(self, now: float, route: Route, session: str, error: PrunusError) -> None:
         """Say no to a `Hello`. The log is not filled by one who says it again and again."""
         self.refused_connections += 1
         if now >= self._refusal_due:
             self._refusal_due = now + REFUSAL_LOGGED_EACH_S
-            logger.warning("a session is refused: %s", reason, extra={"session": session})
-        self._sends.append((route, self._frame(Violation(reason=reason))))
+            logger.warning("a session is refused: %s", error, extra={"session": session})
+        self._sends.append((route, self._frame(Unwelcome(failure=outcome_of(error)))))
 
     def _not_allowed(self, route: Route, principal: Principal, message: ClientMessage) -> None:
         self._not_permitted += 1
@@ -591,8 +679,8 @@ class Exchange(Generic[Route]):
         """From now on this session speaks on this route, unless it is that of another key."""
         if self._principals.setdefault(session, principal).key != principal.key:
             self._not_permitted += 1
-            reason = f"the session {session!r} came with another key; only that one can speak as it"
-            self._sends.append((route, self._frame(Violation(reason=reason))))
+            error = ProtocolError(f"the session {session!r} came with another key; only that one can speak as it")
+            self._sends.append((route, self._frame(Unwelcome(failure=outcome_of(error)))))
             return False
         self._principals[session] = principal
         before = self._sessions.get(route)
@@ -658,11 +746,11 @@ class Exchange(Generic[Route]):
             role = self._principals[session].role
             if not all(self._core.holds(session, task_id, epoch) for task_id, epoch in call.holding):
                 raise TaskRejectedError("you do not hold the task of this call any more")
-            served = [self._execute(request, session, role) for request in call.requests]
+            served = self._serve(call, session, role)
             for one in served:
                 if one.begins is not None:
                     self._core.check_room(one.begins.queue, one.begins.needs)
-            frame = encode(CallDone(id=call.id, answers=tuple(one.answer for one in served)))
+            frame = encode(self._call_done(now, session, call, tuple(one.answer for one in served)))
             wrote = self._connection.total_changes != changes or any(one.wrote for one in served)
             if self._refuse_changes is not None and (call.acks or wrote):
                 raise StoreFullError(self._refuse_changes)
@@ -687,15 +775,48 @@ class Exchange(Generic[Route]):
         self._apply(self._core.answer(session, call.id, frame))
         for task_id, epoch in call.acks:
             self._apply(self._core.settle(session, task_id, epoch))
+        self._drop(over for one in served for over in one.over)
         self._put(tasks)  # only then are places given away that these acknowledgements freed: a child goes first
         for one in served:
             for news in one.broadcasts:
                 self._apply(self._core.broadcast(news.body, news.sender, news.subject))
 
+    def _call_done(self, now: float, session: str, call: Call, answers: tuple[bytes, ...]) -> CallDone:
+        """With answers that are too large for a message as a blob, for those who may read one."""
+        if self._blobs is None or sum(map(len, answers)) <= MAX_BODY_BYTES or not self._may_read_blobs(session):
+            return CallDone(id=call.id, answers=answers)
+        data = encode_answers(answers)
+        self.before_batch(len(data))
+        full = self.refuse_new or self._refuse_changes
+        self.before_batch(0)  # that there is no room for this is nobody else's affair
+        if full is not None:
+            raise StoreFullError(full)
+        digest = hashlib.sha256(data).hexdigest()
+        self._blobs.put(now, session, digest, 0, len(data), data)
+        return CallDone(id=call.id, blob=digest)
+
+    def _may_read_blobs(self, session: str) -> bool:
+        return self._blobs is not None and self._principals[session].role in SENDING
+
+    def _serve(self, call: Call, session: str, role: Role) -> list[Served]:
+        """Execute its requests, as long as somebody could be told the answers: small requests may have large ones."""
+        served, size = [], 0
+        limit = MAX_ANSWERS_BYTES if self._may_read_blobs(session) else MAX_FRAME_BYTES
+        for request in call.requests:
+            served.append(self._execute(request, session, role))
+            size += len(served[-1].answer)
+            if size > limit:
+                raise MessageTooLargeError(size, limit)
+        return served
+
     def _execute(self, request: bytes, session: str, role: Role) -> Served:
         if self._service is None:
             raise NotDeliveredError("the service: this broker has none")
         return self._service.execute(request, session, role)
+
+    def _drop(self, keys: Iterable[Over]) -> None:
+        for over in keys:
+            self._apply(self._core.drop(over.key))
 
     def _put(self, tasks: Iterable[NewTask]) -> None:
         for task in tasks:

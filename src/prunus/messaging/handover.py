@@ -116,8 +116,6 @@ class Callback(Crossing):
     __slots__ = ("_function", "_gathered", "_on_its_way", "_saying", "loop")
 
     def __init__(self, function: Callable[[int], object]) -> None:
-        if not callable(function):
-            raise TypeError(f"this is no function that could be called: {function!r:.100}")
         self.loop = asyncio.get_running_loop()
         self._function = function
         self._gathered = self._saying = 0

@@ -105,6 +105,9 @@ class QueueStatistics(msgspec.Struct, frozen=True, kw_only=True):
     oldest_s: float | None = None
     """The age of the oldest ready task."""
     limits: QueueLimits = QueueLimits()
+    longest_held_s: float | None = None
+    """For how long a session has worked on the task that is held longest; after a restart of the broker counted from
+    there."""
 
 
 class ResourceStatistics(msgspec.Struct, frozen=True, kw_only=True):

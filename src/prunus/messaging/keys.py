@@ -31,7 +31,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from prunus.errors import ProfileError
-from prunus.files import private_folder
+from prunus.files import private_folder, why_refused
 from prunus.messaging.access import Principal, Role
 
 MAX_FILE_BYTES = 1024 * 1024
@@ -99,7 +99,11 @@ class ClientKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def read(cls, file: str | os.PathLike[str]) -> ClientKey:
         """Raises `ProfileError` if the file is none of a key, or if others can read it."""
-        return _read(Path(file), cls)
+        return _read(
+            Path(file),
+            cls,
+            "on the broker's host, `prunus key revoke NAME` and `prunus key add NAME --role ROLE` make a new one",
+        )
 
     def write(self, file: str | os.PathLike[str]) -> None:
         """Make the file (0600). Raises `ProfileError` if there is one already."""
@@ -127,8 +131,12 @@ class KeyFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether the broker has a pair of keys."""
-        return (self.path / "server.yaml").exists()
+        """Whether the broker has a pair of keys. Raises `ProfileError` if that can't be seen."""
+        file = self.path / "server.yaml"
+        try:
+            return file.exists()
+        except OSError as error:
+            raise ProfileError(f"the key file {file} can't be read: {why_refused(file, error)}") from error
 
     def make(self) -> KeyPair:
         """Make the broker's own pair of keys, if it has none yet. Raises `ProfileError`."""
@@ -148,14 +156,21 @@ class KeyFolder:
                 "make some with: prunus key add NAME --role worker|controller|viewer"
             )
         private_folder(self.path, parents=True)
-        return _read(self.path / "server.yaml", KeyPair)
+        return _read(
+            self.path / "server.yaml",
+            KeyPair,
+            f"restore it from a backup, or make all keys anew: rm -r {self.path}, then prunus key add NAME --role ROLE "
+            "for each client",
+        )
 
     def clients(self) -> dict[str, KnownKey]:
         """Who may come, by name. Raises `ProfileError`."""
-        known = _read(self.path / "clients.yaml", list[KnownKey], missing=[])
+        file = self.path / "clients.yaml"
+        advice = f"restore it from a backup, or: rm {file}, then prunus key add NAME --role ROLE for each client"
+        known = _read(file, list[KnownKey], advice, missing=[])
         names = {one.name: one for one in known}
         if len(names) != len(known) or len({one.public_key for one in known}) != len(known):
-            raise ProfileError(f"{self.path / 'clients.yaml'} holds a name or a key twice; remove one of the two")
+            raise ProfileError(f"{file} holds a name or a key twice; remove one of the two")
         return names
 
     def add(self, name: str, role: Role, endpoints: Sequence[str], file: Path) -> ClientKey:
@@ -199,7 +214,10 @@ class KeyFolder:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise ProfileError(f"the folder {self.path} can't be opened: {why_refused(self.path, error)}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -249,7 +267,8 @@ class Keyring:
 # --- files that are nobody else's business -----------------------------------------------------------
 
 
-def _read(file: Path, kind: type[T], missing: T | None = None) -> T:
+def _read(file: Path, kind: type[T], advice: str, missing: T | None = None) -> T:
+    """What a key file holds; `ProfileError` that ends with the advice if that is not a `kind`."""
     import yaml
 
     try:
@@ -259,9 +278,9 @@ def _read(file: Path, kind: type[T], missing: T | None = None) -> T:
             return missing
         raise ProfileError(f"there is no key file {file}") from error
     except OSError as error:
-        if file.is_symlink():
+        if os.path.islink(file):
             raise ProfileError(f"the key file {file} is a link; use the file that it points to") from error
-        raise ProfileError(f"the key file {file} can't be read: {error.strerror}") from error
+        raise ProfileError(f"the key file {file} can't be read: {why_refused(file, error)}") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -279,15 +298,22 @@ def _read(file: Path, kind: type[T], missing: T | None = None) -> T:
         found: Any = yaml.safe_load(content.decode())
         return msgspec.convert(found, kind)
     except msgspec.ValidationError as error:
-        raise ProfileError(f"{file} is no key file of this kind: {_without_values(error)}") from error
+        raise ProfileError(f"{file} is no key file, or a damaged one: {_damage(error)}; {advice}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
-        line = f" (line {where.line + 1})" if where else ""
-        raise ProfileError(f"the key file {file} is damaged{line}; make a new one with: prunus key add") from None
+        line = f" in line {where.line + 1}" if where else ""
+        raise ProfileError(f"the key file {file} is damaged{line}: it is not YAML; {advice}") from None
 
 
-def _without_values(error: msgspec.ValidationError) -> str:
-    return str(error).replace("`", "")
+def _damage(error: msgspec.ValidationError) -> str:
+    """What is wrong, without a word of what the file holds: that is secret."""
+    text, _, place = str(error).partition(" - at ")
+    if missing := re.fullmatch(r"Object missing required field `(\w+)`", text):
+        return f"it has no {missing[1]}"
+    if text.startswith("Object contains unknown field"):
+        return "it has a line that no key file has"
+    field = re.search(r"\.(\w+)", place)
+    return f"its {field[1]} is not of the right form" if field else "it holds no key"
 
 
 def _as_yaml(value: msgspec.Struct) -> str:
@@ -301,7 +327,7 @@ def _create(file: Path, text: str) -> None:
     except FileExistsError as error:
         raise ProfileError(f"there is a file {file} already; choose another name, or remove it") from error
     except OSError as error:
-        raise ProfileError(f"the file {file} can't be made: {error.strerror}") from error
+        raise ProfileError(f"the file {file} can't be made: {why_refused(file, error)}") from error
     try:
         with open(descriptor, "w", encoding="utf-8") as opened:
             os.fchmod(descriptor, 0o600)

@@ -13,11 +13,12 @@ Rules
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
-from prunus.errors import Failure, MessageTooLargeError, ProtocolError
+from prunus.errors import Failure, MessageTooLargeError, ProtocolError, speakable
 from prunus.messaging.communicator import DEFAULT_QUEUE, MAX_BODY_BYTES
 from prunus.messaging.inventory import MAX_LISTED, QueueLimits, Statistics, TaskInfo, TaskPlace
 
@@ -35,7 +36,19 @@ CHUNK_BYTES = 1024 * 1024
 """A blob travels in pieces of up to this."""
 MAX_PRIORITY = 9
 MAX_CREDIT = 1_000_000
-"""Tasks of one queue that a session may hold at once."""
+"""Tasks of one queue that a session may ask for at once."""
+MAX_TASK_SUBSCRIPTIONS = 1_000
+"""Of one session."""
+MAX_PATTERNS = 10_000
+"""Broadcast subscriptions of one session."""
+MAX_IDENTIFIERS = 10_000
+"""Names under which one session answers."""
+MAX_STATED_BYTES = 8 * 1024 * 1024
+"""What all subscriptions of a session may take in its `Hello`; ..."""
+MAX_HELD_BYTES = 4 * 1024 * 1024
+"""... the tasks that it holds (see `bytes_in_hello`): with more it is offered none, whatever its credit; ..."""
+MAX_AWAITED_BYTES = 4 * 1024 * 1024
+"""... and those whose results it waits for. All of it together is less than a frame."""
 
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME_CHARS)]
 Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -427,7 +440,9 @@ class TaskStored(_FromBroker, frozen=True, tag=6):
 
 class CallDone(_FromBroker, frozen=True, tag=7):
     id: Number
-    answers: tuple[bytes, ...]
+    answers: tuple[bytes, ...] = ()
+    blob: Digest | None = None
+    """Of a blob that is the list of the answers, in msgpack: they are too large for a message."""
 
 
 class RpcDone(_FromBroker, frozen=True, tag=8):
@@ -521,6 +536,13 @@ class BlobPart(_FromBroker, frozen=True, tag=19):
     chunk: Chunk
 
 
+class Unwelcome(_FromBroker, frozen=True, tag=20):
+    """The answer to a `Hello` that is refused; nothing is kept of it. `BusyError`: a bound is reached, try again later.
+    Anything else stays so."""
+
+    failure: Failure
+
+
 BrokerMessage = (
     Welcome
     | HelloNeeded
@@ -541,6 +563,7 @@ BrokerMessage = (
     | Missed
     | BlobHeld
     | BlobPart
+    | Unwelcome
 )
 
 # --- bytes ------------------------------------------------------------------------------------------
@@ -566,6 +589,20 @@ def decode_from_broker(frame: bytes) -> BrokerMessage:
     return _decode(_from_broker, frame, MAX_FRAME_BYTES + FORWARD_BYTES)
 
 
+def encode_answers(answers: Sequence[bytes]) -> bytes:
+    """The answers of a call as the bytes of a blob."""
+    return _encoder.encode(answers)
+
+
+def decode_answers(data: bytes) -> list[bytes]:
+    return msgspec.msgpack.decode(data, type=list[bytes])
+
+
+def bytes_in_hello(task: str) -> int:
+    """What a task takes in a `Hello`, at most: its id, its epoch and what is around them."""
+    return len(task.encode()) + 16
+
+
 def outcome_of(error: BaseException) -> Failure:
     """`error` as data that certainly fits into a message: facts that have no form there are left out."""
     failure = Failure.of(error)
@@ -573,11 +610,6 @@ def outcome_of(error: BaseException) -> Failure:
         return failure if len(_encoder.encode(failure)) < MAX_FRAME_BYTES // 4 else Failure(failure.type, "(too large)")
     except (TypeError, ValueError, OverflowError, RecursionError):
         return Failure(failure.type, speakable(failure.message), speakable(failure.traceback))
-
-
-def speakable(text: str) -> str:
-    """`text` without what UTF-8 can't say, as in the name of a file that was written in another encoding."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 _HEADER = bytes((MAGIC, PROTOCOL))

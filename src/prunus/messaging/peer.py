@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import itertools
 import logging
 import os
@@ -23,6 +24,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import Enum
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeVar, assert_never, get_args
@@ -31,6 +34,7 @@ import msgspec
 
 from prunus.errors import (
     BlobNotFoundError,
+    BusyError,
     CommunicatorClosedError,
     ConnectionLostError,
     Failure,
@@ -39,16 +43,20 @@ from prunus.errors import (
     ProtocolError,
     PrunusError,
     TaskRejectedError,
+    speakable,
 )
 from prunus.messaging.blobs import is_digest
 from prunus.messaging.client import (
+    OVER,
     Answered,
     ClientCore,
+    Ended,
     Event,
     Failed,
     NameTaken,
     Reconnect,
     TaskLost,
+    TurnedAway,
     Up,
     result_or_raise,
 )
@@ -113,8 +121,8 @@ from prunus.messaging.messages import (
     TasksListed,
     TaskStored,
     Violation,
+    decode_answers,
     outcome_of,
-    speakable,
 )
 from prunus.messaging.transfers import download_bytes, download_file, upload
 
@@ -152,6 +160,8 @@ class PeerCommunicator(ABC):
         self._jobs = Jobs(self._handover, self._job_ended)
         self._deliveries = Deliveries(self._core, self._jobs, self._handover)
         self._finished = False
+        self.failure: PrunusError | None = None
+        """Why this has ended, if it was not closed: the broker refuses it for good. Whatever is asked raises it."""
         self._goodbye: int | None = None
         self._finish_at: float | None = None
         self._closing_jobs: list[Job] = []
@@ -159,6 +169,7 @@ class PeerCommunicator(ABC):
         self._look_at = 0.0
         self._waiters: dict[int, _Asked] = {}
         self._up_waiters: list[Waiter] = []
+        self._end_waiters: list[Waiter] = []
         self._results: dict[str, Future[Outcome]] = {}
 
     # --- for users: see the protocol ---
@@ -221,8 +232,7 @@ class PeerCommunicator(ABC):
 
     async def rpc_send(self, recipient: str, body: bytes, *, timeout_s: float = RPC_TIMEOUT_S) -> bytes:
         _check_names(recipient)
-        if isinstance(timeout_s, bool) or not 0 <= timeout_s <= MAX_TIMEOUT_S:
-            raise ValueError(f"a time-out is from 0 to {MAX_TIMEOUT_S:g} seconds, not {timeout_s!r:.100}")
+        _check_seconds(timeout_s)
         body = _checked_body(body)
         outcome = await self._request(
             lambda id: RpcRequest(id=id, recipient=recipient, body=body, timeout_s=timeout_s),
@@ -255,6 +265,8 @@ class PeerCommunicator(ABC):
     ) -> Taken:
         _check_names(queue)
         _check_optional_names(subject)
+        if timeout_s is not None and not (isinstance(timeout_s, Real) and timeout_s == timeout_s):  # the latter: NaN
+            raise ValueError(f"a time-out is a number of seconds, or None for no end, not {timeout_s!r:.100}")
         pull = Pull(self, queue, subject)
         try:
             await self._subscribe(pull)
@@ -283,6 +295,8 @@ class PeerCommunicator(ABC):
         on_missed: Callable[[int], None] | None = None,
     ) -> BroadcastSubscription:
         _check_optional_names(sender, subject)
+        if on_missed is not None:
+            _check_callback(on_missed)
         number = next(self._numbers)
         return await self._subscribe(BroadcastSubscription(self, number, handler, (sender, subject), on_missed))
 
@@ -349,15 +363,19 @@ class PeerCommunicator(ABC):
         self, requests: Sequence[bytes], *, acks: Sequence[IncomingTask] = (), holding: Sequence[IncomingTask] = ()
     ) -> list[bytes]:
         bodies = tuple(_checked_body(request) for request in requests)
+        _check_tasks(*acks, *holding)
         settled = tuple((task.id, task.epoch) for task in acks)
-        for task in acks:
-            if isinstance(task, Taken):
-                self._post(task.pull.close)
+        if settled:
+            self._post(lambda now: self._deliveries.give_up_places(now, settled))
         held = tuple((task.id, task.epoch) for task in holding)
-        return await self._request(lambda id: Call(id=id, requests=bodies, acks=settled, holding=held), _answers)
+        done: CallDone = await self._request(
+            lambda id: Call(id=id, requests=bodies, acks=settled, holding=held), _as_it_is
+        )
+        return list(done.answers) if done.blob is None else decode_answers(await self._fetch(done.blob))
 
     def on_reconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
         self._check_use()
+        _check_callback(callback)
         number = next(self._numbers)
         callbacks = self._deliveries.reconnected
         callbacks[number] = Callback(lambda _: callback())
@@ -375,9 +393,8 @@ class PeerCommunicator(ABC):
         self._closing = True
         caller = serving()
         self._commands.append(lambda now: self._begin_close(now, waiter, caller))
-        if not self._wake(at_once=True):
-            return
-        await waiter.future
+        if self._wake(at_once=True):
+            await waiter.future
         self._joined()
 
     async def __aenter__(self) -> PeerCommunicator:
@@ -409,11 +426,13 @@ class PeerCommunicator(ABC):
         return {one.handler.loop for one in self._deliveries.subscriptions()}
 
     async def connected(self, timeout_s: float) -> None:
-        """Wait until the broker knows us. Raises `ConnectionLostError`."""
+        """Wait until the broker knows us. Raises `ConnectionLostError`, and at once what the broker refuses us with."""
         waiter = Waiter()
 
         def wait(now: float) -> None:
-            if self._core.up:
+            if self._finished:
+                self._resolve(waiter, self._end())
+            elif self._core.up:
                 self._resolve(waiter, None)
             else:
                 self._up_waiters.append(waiter)
@@ -424,6 +443,20 @@ class PeerCommunicator(ABC):
                 await waiter.future
         except TimeoutError:
             raise ConnectionLostError(self.endpoint) from None
+
+    async def ended(self) -> None:
+        """Wait until this has ended: it was closed, or there is a `failure`."""
+        waiter = Waiter()
+
+        def wait(now: float) -> None:
+            if self._finished:
+                self._resolve(waiter, None)
+            else:
+                self._end_waiters.append(waiter)
+
+        self._commands.append(wait)
+        if self._wake(at_once=True):
+            await waiter.future
 
     async def _request(
         self,
@@ -468,7 +501,7 @@ class PeerCommunicator(ABC):
         except BaseException:  # refused, or nobody waits for it any more: then it must not stay
 
             def take_back(now: float) -> None:
-                with contextlib.suppress(PrunusError):
+                with contextlib.suppress(PrunusError, ValueError, TypeError):  # what can't be said was not said before
                     self._core.ask(now, subscription.leave)
 
             with contextlib.suppress(PrunusError):
@@ -497,7 +530,7 @@ class PeerCommunicator(ABC):
             raise ForkedProcessError("communicator")
         self._check_caller()
         if self._closing:
-            raise CommunicatorClosedError
+            raise self._end()
 
     def _post(self, command: Command) -> None:
         self._check_use()
@@ -506,7 +539,11 @@ class PeerCommunicator(ABC):
     def _enqueue(self, command: Command) -> None:
         self._commands.append(command)
         if not self._wake(at_once=self._core.is_idle):
-            raise CommunicatorClosedError
+            raise self._end()
+
+    def _end(self) -> PrunusError:
+        """What is raised for whatever is asked of it now."""
+        return CommunicatorClosedError() if self.failure is None else self.failure.with_traceback(None)
 
     def _job_ended(self) -> None:
         self._wake(at_once=len(self._jobs) == 1)
@@ -575,6 +612,14 @@ class PeerCommunicator(ABC):
                 self._up_waiters.clear()
                 if event.again:
                     self._deliveries.tell_reconnected()
+            case TurnedAway():
+                logger.warning(
+                    "the broker at %s refuses this client for now: %s; it comes again, what it is asked for waits",
+                    self.endpoint,
+                    event.error,
+                )
+            case Ended():
+                self._fail(event.error)
             case Violation():
                 logger.error("the broker refused what this client said: %s", event.reason)
             case Reconnect():
@@ -599,6 +644,15 @@ class PeerCommunicator(ABC):
 
     # --- the end ---
 
+    def _fail(self, error: PrunusError) -> None:
+        """The broker refuses us for good."""
+        if isinstance(error, BusyError | ProtocolError):  # it does not know by which way we came
+            error = type(error)(f"the broker at {self.endpoint} refuses this client: {error.reason}")
+        self.failure = error
+        if self._core.broker_epoch:  # else it is told to who connects
+            logger.error("%s; everything that waits for it ends with this error", error)
+        self._finish()
+
     def _begin_close(self, now: float, waiter: Waiter, caller: Job | None) -> None:
         self._closers.append(waiter)
         if caller is not None:
@@ -616,7 +670,7 @@ class PeerCommunicator(ABC):
         if self._finished:
             return
         self._finished = self._closing = True
-        closed = CommunicatorClosedError()
+        closed = self._end()
         for waiter in (*self._waiters.values(), *self._up_waiters):
             self._resolve(waiter, closed)
         for pull in self._deliveries.waiting_lanes():
@@ -626,7 +680,7 @@ class PeerCommunicator(ABC):
         self._waiters.clear()
         self._results.clear()
         self._jobs.cancel_all(but=self._closing_jobs)
-        for waiter in self._closers:
+        for waiter in (*self._closers, *self._end_waiters):
             self._resolve(waiter, None)
         self._handover.send()
 
@@ -645,6 +699,8 @@ class Receipt:
     async def result(self) -> bytes:
         if self._result is None:
             raise ValueError("send the task with want_result=True to wait for its result")
+        if self._result.done():  # no need to wait, not even for a turn of the loop
+            return result_or_raise(self._result.result())
         return result_or_raise(await asyncio.shield(asyncio.wrap_future(self._result)))
 
 
@@ -663,10 +719,14 @@ class Taken:
         await self._settle(lambda id: TaskAck(id=id, task=self.id, epoch=self.epoch, outcome=outcome))
 
     async def fail(self, error: BaseException) -> None:
+        if not isinstance(error, BaseException):
+            raise TypeError(f"a task fails with an exception, as ValueError('...'), not with {error!r:.100}")
         outcome = outcome_of(error)
         await self._settle(lambda id: TaskAck(id=id, task=self.id, epoch=self.epoch, outcome=outcome))
 
     async def reject(self, reason: str = "rejected") -> None:
+        if not isinstance(reason, str):
+            raise TypeError(f"the reason for which a task is given back is a text, not {reason!r:.100}")
         reason = as_reason(reason)
         await self._settle(lambda id: TaskNack(id=id, task=self.id, epoch=self.epoch, reason=reason))
 
@@ -693,7 +753,7 @@ class Taken:
         if error is None:
             await self.acknowledge()
             return
-        with contextlib.suppress(CommunicatorClosedError):  # who leaves gives its tasks back
+        with contextlib.suppress(*OVER):  # who leaves gives its tasks back
             failure = Failure.of(error)
             await self.reject(failure.message if isinstance(error, TaskRejectedError) else str(failure))
 
@@ -725,7 +785,7 @@ class _Asked(Waiter):
         communicator = self._communicator
         try:
             if communicator._finished:
-                raise CommunicatorClosedError
+                raise communicator._end()
             request = communicator._core.ask(now, self._make, self._timeout_s)
         except Exception as error:  # it is the asker's, who waits for it: nobody else must suffer
             communicator._resolve(self, error)
@@ -734,11 +794,9 @@ class _Asked(Waiter):
 
 
 def _as_bytes(body: bytes) -> bytes:
-    if not isinstance(body, bytes):
-        if not isinstance(body, (bytearray, memoryview)):
-            raise TypeError(f"a body is bytes, not {type(body).__name__}")
-        body = bytes(body)
-    return body
+    if not isinstance(body, (bytes, bytearray, memoryview)):
+        raise TypeError(f"a body is bytes, not {type(body).__name__}")
+    return bytes(body)
 
 
 def _checked_body(body: bytes) -> bytes:
@@ -756,6 +814,28 @@ def _check_names(*names: str) -> None:
     for name in names:
         if not isinstance(name, str) or len(name) > MAX_NAME_CHARS or not (name.isascii() or speakable(name) == name):
             raise ValueError(f"a name is a text of up to {MAX_NAME_CHARS} characters, not {name!r:.100}")
+        if type(name) is not str and not isinstance(name, Enum):  # as numpy has one
+            raise ValueError(
+                f"a name is a plain text, not of the type {type(name).__name__}; give str() of {name!r:.100}"
+            )
+
+
+def _check_seconds(timeout_s: float) -> None:
+    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 0 <= timeout_s <= MAX_TIMEOUT_S:
+        raise ValueError(f"a time-out is from 0 to {MAX_TIMEOUT_S:g} seconds, not {timeout_s!r:.100}")
+
+
+def _check_callback(callback: object) -> None:
+    if not callable(callback):
+        raise TypeError(f"a callback is a function, or an object that can be called, not {callback!r:.100}")
+    if inspect.iscoroutinefunction(callback):
+        raise TypeError(f"a callback is called, and nobody awaits it: make it a plain function, not {callback!r:.100}")
+
+
+def _check_tasks(*tasks: object) -> None:
+    for task in tasks:
+        if not (hasattr(task, "id") and hasattr(task, "epoch")):
+            raise TypeError(f"give tasks as they came to a handler or from next_task, not {task!r:.100}")
 
 
 def _checked_digest(ref: BlobRef) -> str:
@@ -786,6 +866,8 @@ def _check_limits(limits: QueueLimits) -> None:
 
 
 def _checked_resources(resources: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    if not isinstance(resources, Mapping):
+        raise TypeError(f"resources are a mapping of names to numbers of tokens, not {resources!r:.100}")
     _check_names(*resources)
     for resource, tokens in resources.items():
         _check_number(f"what a task takes of the resource {resource!r}", tokens)
@@ -796,6 +878,8 @@ def _wall_clock(what: str, moment: datetime | None) -> float:
     """Seconds since 1970, up to the last that can be said; 0: nothing was asked for."""
     if moment is None:
         return 0.0
+    if not isinstance(moment, datetime):
+        raise TypeError(f"{what} is a datetime with a time zone, not {moment!r:.100}")
     if moment.tzinfo is None:
         raise ValueError(f"{what} needs a time zone, say datetime.now(UTC) + ...; {moment!r} has none")
     return min(max(moment.timestamp(), 1.0), MAX_MOMENT)
@@ -807,10 +891,6 @@ def _receipt(answer: TaskStored) -> Receipt:
 
 def _outcome(answer: RpcDone) -> Outcome:
     return answer.outcome
-
-
-def _answers(answer: CallDone) -> list[bytes]:
-    return list(answer.answers)
 
 
 def _listed(answer: TasksListed) -> list[TaskInfo]:
@@ -825,7 +905,7 @@ def _held(answer: BlobHeld) -> int:
     return answer.size
 
 
-def _as_it_is(answer: BlobPart) -> BlobPart:
+def _as_it_is(answer: T) -> T:
     return answer
 
 

@@ -10,6 +10,8 @@ Rules
   queue and the tokens that it needs: highest priority first, of one priority the deepest, of these the oldest, to the
   subscription with the most free credit. Shared subscriptions of a session have one credit: what it holds by any of
   them takes room in all. A task that comes back keeps its place in that order.
+- A session gets no more than it can say of itself after a reconnection (`MAX_HELD_BYTES`), whatever its credit, and of
+  bodies no more at a time than can be on their way to it (`MAX_GIVEN_BYTES`): the rest when it has read them.
 - Tokens of which nobody says how many there are can't be taken: what needs them waits until somebody does.
 - **Keys**: at most one task of a (queue, key) is pending, at most one of a key is held. A pending one whose key is held
   waits for the holder. A held one that comes back while its equal is pending is merged into that one. A dead one has no
@@ -43,7 +45,16 @@ from prunus.errors import (
     UnknownResourceError,
 )
 from prunus.messaging.inventory import QueueLimits, QueueStatistics, ResourceStatistics, TaskInfo, TaskPlace
-from prunus.messaging.messages import MAX_PRIORITY, BrokerMessage, Outcome, TaskResult, encode, outcome_of
+from prunus.messaging.messages import (
+    MAX_HELD_BYTES,
+    MAX_PRIORITY,
+    BrokerMessage,
+    Outcome,
+    TaskResult,
+    bytes_in_hello,
+    encode,
+    outcome_of,
+)
 from prunus.messaging.patterns import matcher
 
 BACK_OFF_S = 0.05
@@ -75,6 +86,8 @@ MAX_DEPTH = 255
 """A task that is deeper counts as if it were so deep."""
 MAX_REASON_CHARS = 2_000
 """Of the reason of a rejected or dead task so much is kept."""
+MAX_GIVEN_BYTES = 8 * 1024 * 1024
+"""A session to which so much was given gets no more until somebody says that it reads (`TaskQueues.go_on`)."""
 RATE_WINDOW_S = 60.0
 """Over this time the rates of a queue are told."""
 RATE_STEP_S = 5.0
@@ -193,6 +206,8 @@ class TaskQueues:
         """The `now` at which idle queues made room: looking at all queues for each of many refused tasks takes time."""
         self._awake: dict[str, _Queue] = {}
         self._members: dict[str, _Member] = {}
+        self.full: dict[str, None] = {}
+        """Sessions to which as much was given as can be on its way."""
         self._held_keys: dict[str, Task] = {}
         self._blocked: dict[str, list[Task]] = {}
         self._resources: dict[str, _Resource] = {}
@@ -213,17 +228,26 @@ class TaskQueues:
     def connect(self, session: str) -> None:
         """It can be given tasks."""
         member = self._members[session]
-        if not member.connected:
-            member.connected = True
+        self.full.pop(session, None)
+        was_away = not member.connected or member.is_full
+        member.connected, member.given_bytes = True, 0
+        if was_away:
             self._credit_changed(member)
+
+    def go_on(self, session: str) -> None:
+        """It has read what was given to it, or most of that, and can be given more."""
+        if session in self.full:
+            self.connect(session)
 
     def disconnect(self, session: str) -> None:
         """Nothing is given to it until `connect`."""
         self._members[session].connected = False
+        self.full.pop(session, None)
 
     def leave(self, session: str) -> None:
         """It is gone: it waits for nothing, and what it held is offered to others, with an attempt less."""
         member = self._members.pop(session)
+        self.full.pop(session, None)
         member.connected = False
         for task in list(member.waits.values()):
             self._forget_waiter(task, session)
@@ -289,6 +313,14 @@ class TaskQueues:
     def has_key(self, key: str) -> bool:
         """Whether a task with this key is pending or held."""
         return key in self._held_keys or any(key in queue.keys for queue in self._queues.values())
+
+    def pending_with(self, key: str) -> list[Task]:
+        """The pending tasks with this key, of all queues."""
+        return [queue.keys[key] for queue in self._queues.values() if key in queue.keys]
+
+    def is_served(self, queue: str) -> bool:
+        """Whether anybody subscribes to this queue; they may be away for the moment, or have no room."""
+        return queue in self._queues and bool(self._queues[queue].outlets)
 
     def pending_keys(self) -> Iterator[tuple[str, Task]]:
         """The keys of pending tasks, and these."""
@@ -682,7 +714,7 @@ class TaskQueues:
             return False
         task.place, task.hold = "held", msgspec.structs.replace(task.hold, since=self.now)
         queue.places["held"][task.id] = task
-        self._members[task.hold.session].held[task.id] = task
+        self._members[task.hold.session].take(task)
         if task.key is not None:
             self._held_keys[task.key] = task
         for name, tokens in task.needs:
@@ -789,7 +821,8 @@ class TaskQueues:
         assert member is not None, "a holder is a session that is known"
         hold, task.hold = task.hold, None
         self._move(queue, task, "")
-        del member.held[task.id]
+        was_full = member.held_bytes >= MAX_HELD_BYTES
+        member.give_up(task)
         subscriber = member.subscribers.get((queue.name, hold.pattern))
         if subscriber is not None:
             subscriber.busy -= 1
@@ -807,6 +840,8 @@ class TaskQueues:
                 self._offer_again(blocked)
         if subscriber is not None and subscriber.shared:  # at last, so that the order of its queues counts
             member.shared_busy -= 1
+            self._credit_changed(member)
+        elif was_full:  # all of its subscriptions have room again
             self._credit_changed(member)
 
     def _come_back(
@@ -958,7 +993,10 @@ class TaskQueues:
             self._held_keys[task.key] = task
         for name, tokens in task.needs:
             self._resources[name].taken += tokens
-        member.held[task.id] = task
+        member.take(task)
+        member.given_bytes += task.size if task.blob is None else 0
+        if member.is_full:
+            self.full[member.name] = None
         self.delivered += 1
         chosen.busy += 1
         chosen.served = self.delivered
@@ -1125,6 +1163,7 @@ class TaskQueues:
         elapsed = max(self.now - at, 1.0)
         heads = (lane.head() for lane in queue.lanes.values())
         oldest = min((head.sent_at for head in heads if head is not None), default=None)
+        longest_held = next(iter(queue.places["held"].values()), None)  # they stand there in the order of their holds
         subscribers = [one for outlet in queue.outlets.values() for one in outlet.subscribers.values()]
         return QueueStatistics(
             ready=queue.ready,
@@ -1141,6 +1180,7 @@ class TaskQueues:
             settled_per_s=(queue.settled - settled) / elapsed,
             oldest_s=None if oldest is None else max(0.0, self.wall - oldest),
             limits=queue.limits,
+            longest_held_s=self.now - longest_held.hold.since if longest_held and longest_held.hold else None,
         )
 
 
@@ -1150,7 +1190,7 @@ class TaskQueues:
 class _Member:
     """A session, as far as tasks go."""
 
-    __slots__ = ("connected", "held", "name", "shared_busy", "subscribers", "waits")
+    __slots__ = ("connected", "given_bytes", "held", "held_bytes", "name", "shared_busy", "subscribers", "waits")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -1158,10 +1198,27 @@ class _Member:
         self.subscribers: dict[tuple[str, str | None], _Subscriber] = {}
         """By (queue, pattern)."""
         self.held: dict[str, Task] = {}
+        self.held_bytes = 0
+        """What these take in its `Hello`."""
+        self.given_bytes = 0
+        """Of bodies, since it last had room for more."""
         self.waits: dict[str, Task] = {}
         """Tasks whose result it waits for."""
         self.shared_busy = 0
         """How many it holds by its shared subscriptions."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for more on the way to it."""
+        return self.given_bytes >= MAX_GIVEN_BYTES
+
+    def take(self, task: Task) -> None:
+        self.held[task.id] = task
+        self.held_bytes += bytes_in_hello(task.id)
+
+    def give_up(self, task: Task) -> None:
+        del self.held[task.id]
+        self.held_bytes -= bytes_in_hello(task.id)
 
     def count_shared(self) -> None:
         """It has other shared subscriptions than before."""
@@ -1182,7 +1239,8 @@ class _Subscriber:
         """The number of its last delivery."""
 
     def free(self) -> int:
-        if not self.member.connected:
+        member = self.member
+        if not member.connected or member.held_bytes >= MAX_HELD_BYTES or member.given_bytes >= MAX_GIVEN_BYTES:
             return 0
         return self.credit - (self.member.shared_busy if self.shared else self.busy)
 

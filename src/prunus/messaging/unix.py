@@ -1,8 +1,9 @@
 """Frames over a Unix socket: how peers on its own host talk to a broker.
 
 On the wire a frame is its length (4 bytes, the most significant one first) and its bytes; there is no greeting, the
-first frame is a `Hello`. Nothing that is announced has to be believed: of a frame that is said to be longer than it may
-be nothing is kept, and of others only what has come.
+first frame is a `Hello`. (A peer for which there is no room hears why before that, and is hung up on.) Nothing that is
+announced has to be believed: of a frame that is said to be longer than it may be nothing is kept, and of others only
+what has come.
 
 Why no library moves these bytes: between two programs on one host a frame needs two system calls and one wake-up on its
 way. libzmq, which is made for networks, has a thread of its own on each side of each connection (docs/adr/0013); over
@@ -28,9 +29,9 @@ from pathlib import Path
 
 from prunus.errors import ProfileError, ProtocolError
 from prunus.messaging.access import OWNER
-from prunus.messaging.doors import MAX_BATCH, MAX_BATCH_BYTES, Connection, Door
+from prunus.messaging.doors import MAX_BATCH, MAX_BATCH_BYTES, Connection, Door, too_many_connections
 from prunus.messaging.liveness import boottime
-from prunus.messaging.messages import FORWARD_BYTES, MAX_FRAME_BYTES
+from prunus.messaging.messages import FORWARD_BYTES, MAX_FRAME_BYTES, encode
 
 MAX_PATH_BYTES = 107
 """The path of a Unix socket, with its closing zero byte, has at most this plus one (unix(7))."""
@@ -47,6 +48,10 @@ NO_FILES_PAUSE_S = 0.1
 """When there is no file left for one more connection it is tried again after so long."""
 RECONNECT_S = (0.02, 0.1)
 """How soon a peer that finds no broker tries again, at first and at last."""
+SHORT_LIVED_S = 1.0
+"""A connection that broke sooner came to nothing: ..."""
+COME_AGAIN_S = (0.02, 0.5)
+"""... how soon the next one is made, at first and at last."""
 
 BROKEN = "the connection broke"
 
@@ -226,6 +231,9 @@ class UnixDoor(Door):
         """Those from which something came, in turn: who was not heard in one batch is the first in the next."""
         self._path = path
         self._max_connections = max_connections
+        frame = encode(too_many_connections(max_connections))
+        self._no_room = _LENGTH.pack(len(frame)) + frame
+        """What one more is told."""
         self._connections: set[UnixConnection] = set()
         self._left: list[Connection] = []
         self._selector: selectors.BaseSelector | None = None
@@ -256,9 +264,14 @@ class UnixDoor(Door):
         selector.register(self._listener, selectors.EVENT_READ, self._somebody_comes)
 
     def receive(self, frames: list[tuple[Connection, bytes]]) -> bool:
-        if self._is_somebody_there:
+        drained = self._read(frames)
+        if self._is_somebody_there:  # only then: there may be room because somebody left before
             self._is_somebody_there = False
             self._accept()
+        return drained
+
+    def _read(self, frames: list[tuple[Connection, bytes]]) -> bool:
+        """Take what came on the connections, up to a batch; whether that was all."""
         readable, drained, size = self.readable, True, 0
         while readable:
             if len(frames) >= MAX_BATCH or size >= MAX_BATCH_BYTES:
@@ -280,8 +293,7 @@ class UnixDoor(Door):
                 for frame in connection.reader.feed(data):
                     frames.append((connection, frame))
             except ProtocolError as error:
-                logger.warning("a peer sends what can't be read, and is hung up on: %s", error)
-                self.on_refused()
+                self.refuse("a peer sends what can't be read, and is hung up on: %s", error)
                 self._leave(connection)
             else:
                 self._note_unfinished(connection)
@@ -346,17 +358,18 @@ class UnixDoor(Door):
                 self._selector.unregister(self._listener)
                 self._accept_again_at = boottime() + NO_FILES_PAUSE_S
                 return
-            if len(self._connections) >= self._max_connections:
-                logger.warning("more than %d connections: one is refused", self._max_connections)
+            if len(self._connections) - len(self._left) >= self._max_connections:
+                self.refuse("more than %d connections: one is refused", self._max_connections)
+                with contextlib.suppress(OSError):  # its buffer is empty: if it is still there, it gets this
+                    connected.send(self._no_room, socket.MSG_DONTWAIT)
             elif not _is_ours(connected):
-                logger.warning("a process of another user came: it is refused")
+                self.refuse("a process of another user came: it is refused")
             else:
                 connected.setblocking(False)
                 connection = UnixConnection(self, connected)
                 self._connections.add(connection)
                 self._selector.register(connected, selectors.EVENT_READ, connection.on_event)
                 continue
-            self.on_refused()
             connected.close()
 
     def _note_unfinished(self, connection: UnixConnection) -> None:
@@ -367,8 +380,7 @@ class UnixDoor(Door):
             connection.heard_at = boottime()
         while self._unfinished > MAX_UNFINISHED_BYTES:
             silent = min((one for one in self._connections if one.unfinished), key=lambda one: one.heard_at)
-            logger.warning("%d MB of frames that do not end are here: a peer is hung up on", self._unfinished >> 20)
-            self.on_refused()
+            self.refuse("%d MB of frames that do not end are here: a peer is hung up on", self._unfinished >> 20)
             self._leave(silent)
 
     def _leave(self, connection: UnixConnection) -> None:
@@ -407,9 +419,10 @@ class UnixTransport:
         self._socket: socket.socket | None = None
         """Connected, or None."""
         self._reader, self._out = FrameReader(MAX_FRAME_BYTES + FORWARD_BYTES), FrameWriter()
-        self._heard = True
-        """Whether the broker said something on this connection."""
         self._connect_at, self._pause_s = 0.0, RECONNECT_S[0]
+        """When to connect next, and how long to wait if nobody is there then."""
+        self._connected_at, self._rest_s = 0.0, COME_AGAIN_S[0]
+        """When it was connected, and how long to wait if the broker hangs up at once."""
         self._watched = selectors.DefaultSelector()
         """Has the connection, whichever it is: so who watches this need not know when there is another one."""
         self._events = 0
@@ -426,14 +439,17 @@ class UnixTransport:
         return self._descriptor
 
     def open(self) -> None:
-        heard, self._heard = self._heard, False
+        if self._socket is not None:
+            now = time.monotonic()
+            self._connect_at, self._pause_s = now, RECONNECT_S[0]
+            if now < self._connected_at + SHORT_LIVED_S:
+                self._connect_at += self._rest_s
+                self._rest_s = min(2 * self._rest_s, COME_AGAIN_S[1])
+            else:
+                self._rest_s = COME_AGAIN_S[0]
         self._hang_up()
         self._out.clear()
         self._reader = FrameReader(MAX_FRAME_BYTES + FORWARD_BYTES)
-        if heard:
-            self._connect_at, self._pause_s = 0.0, RECONNECT_S[0]
-        else:  # nobody is there, or hangs up before a word was said: not again at once
-            self._put_off()
 
     def receive(self) -> tuple[list[bytes], str | None]:
         connected = self._socket
@@ -447,7 +463,6 @@ class UnixTransport:
             data = b""
         if not data:
             return [], BROKEN
-        self._heard = True
         try:
             return self._reader.feed(data), None
         except ProtocolError as error:
@@ -505,15 +520,12 @@ class UnixTransport:
             connecting.connect(self._path)
         except OSError:
             connecting.close()
-            self._put_off()
+            self._connect_at = time.monotonic() + self._pause_s
+            self._pause_s = min(2 * self._pause_s, RECONNECT_S[1])
             return
         self._socket, self._events = connecting, selectors.EVENT_READ
+        self._connected_at = time.monotonic()
         self._watched.register(connecting, self._events)
-
-    def _put_off(self) -> None:
-        """Try again after a pause, which grows."""
-        self._connect_at = time.monotonic() + self._pause_s
-        self._pause_s = min(2 * self._pause_s, RECONNECT_S[1])
 
     def _hang_up(self) -> None:
         if self._socket is not None:

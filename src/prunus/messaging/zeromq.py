@@ -11,6 +11,9 @@ Who may connect: who holds a key that the broker knows (CurveZMQ), and only afte
 (ZAP). There is no TCP without keys. Each frame carries the key with which it came, as libzmq proved it: a peer is what
 its key says (`access`), whatever it calls itself. A key that is revoked is worth nothing from that moment: connections
 that came with it are closed and their sessions end.
+
+Who is refused in the handshake is told why by its status: 400, the key is unknown; 500, there is no room for one more
+(or the list of keys can't be read). The transport hands that on as the `Unwelcome` that the broker would have said.
 """
 
 from __future__ import annotations
@@ -26,18 +29,18 @@ import socket
 import struct
 import termios
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message, recv_monitor_message
 
-from prunus.errors import ProfileError
+from prunus.errors import Failure, KeyRefusedError, ProfileError
 from prunus.messaging.access import Principal
-from prunus.messaging.doors import MAX_BATCH, MAX_BATCH_BYTES, Connection, Door, woken
+from prunus.messaging.doors import MAX_BATCH, MAX_BATCH_BYTES, Connection, Door, too_many_connections, woken
 from prunus.messaging.keys import ClientKey, Keyring
 from prunus.messaging.liveness import boottime
-from prunus.messaging.messages import FORWARD_BYTES, MAX_FRAME_BYTES
+from prunus.messaging.messages import FORWARD_BYTES, MAX_FRAME_BYTES, Unwelcome, encode
 
 QUEUE_FRAMES = 300
 """Frames that libzmq queues for one peer: more than a batch, few enough that a stuck peer costs little memory."""
@@ -51,6 +54,9 @@ MAX_UNFINISHED_BYTES = 4 * MAX_FRAME_BYTES
 """What may come over a connection without one whole message among it."""
 FLOOD_CHECK_S = 0.5
 """How often that is looked at."""
+TOLD_CONNECTIONS = 50
+"""So many beyond those that there may be get as far as the end of their handshakes, where they are told why they are
+refused; more are hung up on before."""
 RECONNECT_MS, MAX_RECONNECT_MS = 20, 3000
 """A client that lost its broker tries again after this, and at least this often."""
 HANDSHAKE_MS = 5000
@@ -66,6 +72,7 @@ NEEDED_LIBZMQ = (4, 3, 5)
 """Older ones have known holes before authentication (CVE-2019-13132, CVE-2020-15166) or lack what is used here."""
 
 _ZAP_ENDPOINT, _ZAP_DOMAIN, _ZAP_VERSION = "inproc://zeromq.zap.01", b"prunus", b"1.0"
+_UNKNOWN_KEY, _NO_ROOM = 400, 500
 _NEWS_ENDPOINT = "inproc://news"
 _TCPI_BYTES_RECEIVED = 128
 """The offset of ``tcpi_bytes_received`` in ``struct tcp_info`` (linux/tcp.h, since Linux 4.1)."""
@@ -247,14 +254,13 @@ class NetworkDoor(Door):
                 self._unfinished[descriptor] = came
             elif came - self._unfinished.setdefault(descriptor, 0) > MAX_UNFINISHED_BYTES:
                 who = "a peer" if connection is None else str(connection.principal)
-                logger.warning("%s sent %d MB without a whole message; its connection is closed", who, came >> 20)
-                self.on_refused()
+                self.refuse("%s sent %d MB without a whole message; its connection is closed", who, came >> 20)
                 _hang_up(descriptor)
 
     def receive(self, frames: list[tuple[Connection, bytes]]) -> bool:
-        self.answer_zap()
         leaving, self._leaving = self._leaving, []
         self._hear_who_left()
+        self.answer_zap()
         if self._receive(frames):
             self._left += leaving  # what they said before they left was heard
             return True
@@ -346,20 +352,19 @@ class NetworkDoor(Door):
             event, descriptor = news["event"], int(news["value"])
             if event == _CAME:
                 self._open[descriptor] = None
-                if len(self._open) > self._max_connections:
-                    logger.warning("more than %d connections: one is refused", self._max_connections)
-                    self.on_refused()
+                if len(self._open) > self._max_connections + TOLD_CONNECTIONS:
+                    self.refuse("far more than %d connections: one is hung up on", self._max_connections)
                     _hang_up(descriptor)
             elif event == _LEFT:
                 self._unfinished.pop(descriptor, None)
                 connection = self._open.pop(descriptor, None)
                 if connection is not None:
                     self._leaving.append(connection)
-            elif event != zmq.EVENT_HANDSHAKE_FAILED_AUTH:  # the keys refused that one: counted there
+            elif event != zmq.EVENT_HANDSHAKE_FAILED_AUTH:  # `answer_zap` refused that one: counted there
                 self.on_refused()
 
     def answer_zap(self) -> None:
-        """Say who may come (ZAP, RFC 27): whose key is known now."""
+        """Say who may come (ZAP, RFC 27): whose key is known now, as long as there is room."""
         while True:
             try:
                 sender, empty, version, request, *asked = self.zap.recv_multipart(zmq.NOBLOCK)
@@ -368,13 +373,16 @@ class NetworkDoor(Door):
             public_key = ""
             if version == _ZAP_VERSION and len(asked) == 5 and asked[0] == _ZAP_DOMAIN and asked[3] == b"CURVE":
                 public_key = z85.encode(asked[4]).decode()
-            if self._keys.principal(public_key) is None:
-                self.on_refused()
+            if self._keys.problem is not None:
+                self.refuse("the keys can't be read: a peer is refused")
+                answer = [b"%d" % _NO_ROOM, b"no keys", b""]
+            elif self._keys.principal(public_key) is None:
                 address = asked[1].decode("ascii", "replace") if len(asked) > 1 else "?"
-                logger.warning(
-                    "a peer at %s came with the key %s, which nobody added: it is refused", address, public_key
-                )
-                answer = [b"400", b"unknown key", b""]
+                self.refuse("a peer at %s came with the key %s, which nobody added: it is refused", address, public_key)
+                answer = [b"%d" % _UNKNOWN_KEY, b"unknown key", b""]
+            elif len(self._open) > self._max_connections:
+                self.refuse("more than %d connections: one is refused", self._max_connections)
+                answer = [b"%d" % _NO_ROOM, b"no room", b""]
             else:
                 answer = [b"200", b"OK", public_key.encode()]
             self.zap.send_multipart([sender, empty, _ZAP_VERSION, request, *answer, b""], zmq.NOBLOCK)
@@ -430,10 +438,10 @@ class NetworkTransport:
         check_curve()
         self._endpoints = deque(key.endpoints)
         self._key = key
+        self._endpoint = ""
+        """That of the connection."""
         self.refusal: str | None = None
-        """Why the last connection came to nothing, if the broker was there but did not take it."""
-        self.on_unknown_key: Callable[[], None] = lambda: None
-        """Called in the thread of `receive` when the broker says that it does not know this key."""
+        """Why the last connection came to nothing, if somebody was there who did not understand it."""
         self._proved = self._was_proved = False
         self._context = zmq.Context(io_threads=IO_THREADS)
         self._wake_read, self._wake_write = socket.socketpair()
@@ -454,7 +462,7 @@ class NetworkTransport:
         self._close_sockets()
         self._is_told = False
         dealer = self._context.socket(zmq.DEALER)
-        endpoint = self._endpoints[0]
+        self._endpoint = endpoint = self._endpoints[0]
         self._endpoints.rotate(-1)
         for option, value in (
             (zmq.LINGER, 0),
@@ -492,7 +500,7 @@ class NetworkTransport:
                     dealer.recv()
                     frame = b""
                 frames.append(frame)
-        return frames, self._hear(monitor) if self._is_told else None
+        return frames, self._hear(monitor, frames) if self._is_told else None
 
     def send(self, frame: bytes) -> None:
         self._waiting.append(frame)
@@ -518,30 +526,36 @@ class NetworkTransport:
     def has_news(self) -> bool:
         return False
 
-    def _hear(self, monitor: zmq.Socket[bytes]) -> str | None:
-        """What libzmq says about the connection; why it broke, if it did.
+    def _hear(self, monitor: zmq.Socket[bytes], frames: list[bytes]) -> str | None:
+        """What libzmq says about the connection; why it broke, if it did. A refusal is added to the `frames`.
 
         One that never came about is no broken one: libzmq tries again, more and more slowly.
         """
         broken = None
         while monitor.poll(0):
-            event = recv_monitor_message(monitor)["event"]
+            news = recv_monitor_message(monitor)
+            event = news["event"]
             if event == _PROVED:
                 self._proved, self._was_proved, self.refusal = True, True, None
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                self._refuse("does not know this key, or it was revoked")
-                self.on_unknown_key()
+                frames.append(encode(self._unwelcome(int(news["value"]))))
             elif event != _LEFT:
-                self._refuse("does not speak as this key expects: it has other keys, or is no broker")
+                self._misunderstood()
             elif self._proved:
                 broken = "the connection broke"
         return broken
 
-    def _refuse(self, reason: str) -> None:
+    def _unwelcome(self, status: int) -> Unwelcome:
+        if status == _NO_ROOM:
+            return too_many_connections()
+        error = KeyRefusedError(self._endpoint, "does not know this key, or it was revoked")
+        return Unwelcome(failure=Failure.of(error))
+
+    def _misunderstood(self) -> None:
         if self.refusal is None:
-            self.refusal = reason
+            self.refusal = "does not speak as this key expects: it has other keys, or is no broker"
             if self._was_proved:  # nobody waits for a first connection that could tell
-                logger.warning("the broker that the key %r is for %s; it is tried again", self._key.name, reason)
+                logger.warning("the broker at %s %s; it is tried again", self._endpoint, self.refusal)
 
     def wake(self) -> None:
         with contextlib.suppress(OSError):  # full: it is awake; closed: it is gone

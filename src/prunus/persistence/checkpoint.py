@@ -153,6 +153,27 @@ class Checkpoint:
         """The values, newly built at each call. Raises as `decode_value` does."""
         return decode_data(self.payload, load_type)
 
+    @property
+    def gist(self) -> Gist:
+        """What can be read without the user's types."""
+        try:
+            return msgspec.msgpack.decode(self.payload, type=Gist)
+        except _NOT_MSGPACK as error:
+            raise CheckpointCorruptError("its snapshot can't be read") from error
+
+
+class Gist(msgspec.Struct, frozen=True):
+    """What whoever ends a process without its code has to know of its snapshot."""
+
+    has_last_step: bool = True
+    """Its class has an ``on_kill``. (A checkpoint that does not say so may be of such a class.)"""
+    outputs: msgspec.Raw = msgspec.Raw(b"\x80")
+    """As they were encoded; none is an empty mapping."""
+
+    def encode_result(self, result: ProcessResult[Any]) -> bytes:
+        """`result` as `encode_data` writes it, with these outputs."""
+        return _ENCODER.encode({**_form(result.to_data(), MAX_DEPTH), "outputs": self.outputs})
+
 
 def encode_data(data: Mapping[str, Any], where: str = "") -> bytes:
     """A mapping of values as bytes, for instance a result as plain data. `where` begins the path of a complaint."""

@@ -14,12 +14,18 @@ Rules:
 * **A log belongs to one file.** SQLite applies whatever log lies beside a database; with the log of another file (of
   the one that lay there before a backup was copied over it) the two would become a mixture. So each log begins with a
   mark that names the mark which the file had then, and opening compares the two.
+* **No loss goes unseen.** A file that was emptied looks like a new one, and one whose log was removed after a crash
+  like one that was closed. So where it is wanted (`begin_note`) the last mark is noted outside of both, in
+  ``PATH-mark``, and opening compares that too. A mark is noted once it is durable, and the next one is made once it is
+  noted (`_mark_log`): wherever a crash comes between, the note has the mark of the database or the one before it.
 * Pages that are free go back to the file system in portions (``auto_vacuum=INCREMENTAL``, `give_back_pages`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
+import itertools
 import logging
 import os
 import sqlite3
@@ -27,9 +33,11 @@ import struct
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 from prunus.errors import PersistenceError, StoreFullError
@@ -47,7 +55,8 @@ CHECKED_AT_OPENING_BYTES = 8 * 1024 * 1024
 """A file up to this size is checked as a whole whenever it is opened, ..."""
 CHECKED_AFTER_CRASH_BYTES = 512 * 1024 * 1024
 """... and one up to this size if whoever had it open before did not close it (up to 3 s, with hundreds of thousands of
-processes in it). A larger one is checked by `find_damage`, when asked."""
+processes in it). Of a larger one SQLite looks at the header and the length; a damaged page is found by whoever reads it
+and by `find_damage`, when asked. (Pages have no checksums: a part of a file can't be checked without the rest.)"""
 STEP_PAGES = 128
 """How much a backup copies at once; meanwhile the database stands still."""
 MAX_COPY_RESTARTS = 100
@@ -61,8 +70,12 @@ NETWORK_FILE_SYSTEMS = frozenset(
 
 MEMORY = ":memory:"
 
+_RESCUED = ".rescued-"
+"""In the name of what was copied of a database whose file was removed."""
+
 _MARK = b"Prunus log mark\0"
 _MARK_ID_BYTES = 16
+_MARK_BYTES = len(_MARK) + 2 * _MARK_ID_BYTES
 _MARK_FRAMES = 8
 """The transaction that writes a mark is shorter than this."""
 _LOG_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
@@ -75,15 +88,14 @@ def open_database(path: str | os.PathLike[str], *, exclusive: bool = True) -> sq
     """Open the database at `path` (created with mode 0600 if it is not there), or a new one in ``:memory:``.
 
     The connection is in autocommit mode and may move between threads, one at a time. Raises `PersistenceError` with
-    what to do if the file can't be used.
+    what to do if the file can't be used, or is not what lay there last (as far as that was noted, see `begin_note`).
     """
     in_memory = os.fspath(path) == MEMORY
     unclean = False
     if not in_memory:
         refuse_network_file_system(Path(path))
         unclean = wal_bytes(path) > 0
-        if unclean:
-            _refuse_foreign_log(Path(path))
+        _refuse_a_loss(Path(path))
         _create_file(Path(path))
     try:
         connection = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
@@ -321,8 +333,7 @@ def put_back(backup: Path, database: Path, prepare: Callable[[sqlite3.Connection
     for left in (fresh, Path(f"{fresh}-wal")):
         left.unlink(missing_ok=True)
     try:
-        if wal_bytes(backup):
-            _refuse_foreign_log(backup)
+        _refuse_a_loss(backup)
         # A file that lies alone is read as it is, also where nothing can be written.
         uri = f"file:{quote(os.fspath(backup))}?mode=ro{'' if wal_bytes(backup) else '&immutable=1'}"
         try:
@@ -341,6 +352,16 @@ def put_back(backup: Path, database: Path, prepare: Callable[[sqlite3.Connection
     finally:
         for left in (fresh, Path(f"{fresh}-wal")):
             left.unlink(missing_ok=True)
+
+
+def rescue(connection: sqlite3.Connection) -> Path:
+    """Copy the database of `connection`, whose file was removed, to a new file beside its place; where that is. What
+    then lies at its place is refused, until somebody has decided. Raises as `back_up` does."""
+    path = Path(database_path(connection))
+    copy = _dated(path, _RESCUED)
+    back_up(connection, copy)
+    begin_note(connection)
+    return copy
 
 
 def _copy_pages(
@@ -410,14 +431,17 @@ def _exists(target: Path) -> PersistenceError:
 
 
 def _change_places(fresh: Path, database: Path) -> Path | None:
-    """Whenever this is interrupted, either of the two files has its name, or none has and the log tells."""
-    aside = database.with_name(f"{database.name}.before-restore-{time.strftime('%Y%m%d-%H%M%S')}")
+    """Whenever this is interrupted, one of the two files has that name. Where there is a note, the old one is refused
+    from before its log is moved away."""
+    aside = _dated(database, ".before-restore-")
     was_there = database.exists()
     try:
         if was_there:
             with contextlib.suppress(PersistenceError):  # what is in its log goes into the file, if it is sound
                 open_database(database).close()
             os.link(database, aside)
+        if mark := _mark_in_file(fresh):
+            _note(database, mark)
         with contextlib.suppress(FileNotFoundError):
             Path(f"{database}-wal").rename(f"{aside}-wal")
         fresh.replace(database)
@@ -425,6 +449,13 @@ def _change_places(fresh: Path, database: Path) -> Path | None:
     except OSError as error:
         raise PersistenceError(f"{database} can't be put aside: {error.strerror}") from error
     return aside if was_there else None
+
+
+def _dated(database: Path, what: str) -> Path:
+    """The place beside a database for what it is or was now; there is nothing yet."""
+    first = database.with_name(f"{database.name}{what}{time.strftime('%Y%m%d-%H%M%S')}")
+    places = (first if number == 1 else first.with_name(f"{first.name}-{number}") for number in itertools.count(1))
+    return next(place for place in places if not place.exists())
 
 
 def _sync_folder(path: Path) -> None:
@@ -435,19 +466,113 @@ def _sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-# --- whose log it is --------------------------------------------------------------------------------
+# --- what belongs together --------------------------------------------------------------------------
+
+
+class _Mark(NamedTuple):
+    """With this a log begins, and its file has it when the log is in there."""
+
+    before: bytes
+    """The mark that the file had when the log was begun."""
+    own: bytes
+
+    @classmethod
+    def at_start_of(cls, data: bytes) -> _Mark | None:
+        if len(data) < _MARK_BYTES or not data.startswith(_MARK):
+            return None
+        own_at = _MARK_BYTES - _MARK_ID_BYTES
+        return cls(data[len(_MARK) : own_at], data[own_at:_MARK_BYTES])
+
+    @property
+    def data(self) -> bytes:
+        return _MARK + self.before + self.own
+
+
+_UNMARKED = _Mark(bytes(_MARK_ID_BYTES), bytes(_MARK_ID_BYTES))
+"""Of a file into which no log was put yet."""
+
+
+def begin_note(connection: sqlite3.Connection) -> None:
+    """Have the marks of the database noted beside it, from now on and by whoever opens it. Not being able to is no
+    harm."""
+    path = Path(database_path(connection))
+    with contextlib.suppress(OSError):  # (one that is there is kept by `_mark_log`)
+        os.close(os.open(_note_path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        _note(path, _mark_of(connection) or _UNMARKED)
+        _sync_folder(path.parent)
+
+
+def was_made(path: Path) -> bool:
+    """Whether there is a database at `path`, or should be one."""
+    return path.exists() or _noted(path) is not None
+
+
+def file_ids(path: Path) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+    """Which file lies at `path`, and which one as its log: device and inode, None where there is none. Whoever has them
+    open sees by a change that they were removed, moved or replaced."""
+    return _file_id(path), _file_id(Path(f"{path}-wal"))
+
+
+def _file_id(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _refuse_a_loss(path: Path) -> None:
+    """Raises `PersistenceError` if database, log and note at `path` do not belong together. Looks only."""
+    log, note, noted = Path(f"{path}-wal"), _note_path(path), _noted(path)
+    has_log = wal_bytes(path) > 0
+    backup = max(path.parent.glob(f"{glob.escape(path.name)}{_RESCUED}*[0-9]"), default="FILE")
+    restore = f"restore a backup (`prunus broker restore {backup}`)"
+    if not path.exists() or path.stat().st_size == 0:
+        lost = "empty" if path.exists() else "gone"
+        if has_log:
+            raise PersistenceError(
+                f"{path} is {lost}, but its log {log} is not; nothing was changed: put the file back, or {restore}"
+            )
+        if noted:
+            raise PersistenceError(
+                f"{path} is {lost}, but it was a database once ({note} tells); nothing was changed: put the file back, "
+                f"or {restore}, or begin anew, without what was in it (`rm {note}`)"
+            )
+    elif has_log or noted:
+        in_file, in_log = _mark_in_file(path), _mark_in_log(log) if has_log else None
+        if has_log and in_file == _UNMARKED:  # nobody knows: a part of the log may have been put into the file
+            in_file = None
+        last = in_log or in_file
+        if in_file and in_log and in_file.own not in in_log:
+            raise PersistenceError(
+                f"the log {log} belongs to another file than {path}; together they would be damaged, and nothing was "
+                f"changed: put the file back that belongs to the log, or {restore}, or move the log away"
+            )
+        if last and noted and noted.own not in last:
+            raise PersistenceError(
+                f"what was committed last to {path} is lost: its log {log} was removed or damaged; nothing was "
+                f"changed: put the log back, or {restore}, or go on without what is lost (`rm {note}`)"
+                if last.own == noted.before
+                else f"{path} is not the database that was there last, or an older copy of it; nothing was changed: "
+                f"put that one back, or {restore}, or take it as it is (`rm {note}`)"
+            )
 
 
 def _mark_log(connection: sqlite3.Connection) -> None:
-    """Begin the log, which is empty, with a mark. Not being able to (on a full disk) is no harm."""
+    """Begin the log, which is empty, with a mark, and note that. Not being able to (on a full disk) is no harm."""
+    path = Path(database_path(connection))
     try:
         connection.execute("BEGIN IMMEDIATE")
         connection.execute("CREATE TABLE IF NOT EXISTS log_mark (id INTEGER PRIMARY KEY, mark BLOB NOT NULL)")
-        found = connection.execute("SELECT mark FROM log_mark").fetchone()
-        before = found[0][-_MARK_ID_BYTES:] if found else bytes(_MARK_ID_BYTES)
-        mark = _MARK + before + os.urandom(_MARK_ID_BYTES)
-        connection.execute("INSERT OR REPLACE INTO log_mark VALUES (1, ?)", (mark,))
+        last = _mark_of(connection) or _UNMARKED
+        # Though it was noted when it was made: had that failed, nobody would know what is on the disk.
+        if not _note(path, last):
+            connection.execute("ROLLBACK")
+            return
+        mark = _Mark(last.own, os.urandom(_MARK_ID_BYTES))
+        connection.execute("INSERT OR REPLACE INTO log_mark VALUES (1, ?)", (mark.data,))
         connection.execute("COMMIT")
+        _note(path, mark)
     except sqlite3.OperationalError as error:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
@@ -455,47 +580,38 @@ def _mark_log(connection: sqlite3.Connection) -> None:
             raise
 
 
-def _refuse_foreign_log(path: Path) -> None:
-    """Raises `PersistenceError` if the log beside the database at `path` was begun on another file. Looks only."""
-    if not path.exists() or path.stat().st_size == 0:
-        raise PersistenceError(
-            f"{path} is {'empty' if path.exists() else 'gone'}, but its log {path}-wal is not; nothing was changed: "
-            "put the file back, or move the log away and restore a backup (`prunus broker restore FILE`)"
-        )
-    before, own = _mark_in_log(Path(f"{path}-wal"))
-    found = _mark_in_file(path)
-    if None not in (before, found) and found not in (before, own):
-        raise PersistenceError(
-            f"the log {path}-wal belongs to another file than {path}; together they would be damaged, and nothing was "
-            f"changed: put the file back that belongs to the log, or move the log away"
-        )
+def _mark_of(connection: sqlite3.Connection) -> _Mark | None:
+    """The last mark; None if what is there is none."""
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'log_mark'").fetchone() is None:
+        return _UNMARKED
+    [found] = connection.execute("SELECT mark FROM log_mark").fetchone() or [None]
+    return _Mark.at_start_of(found) if isinstance(found, bytes) else None
 
 
-def _mark_in_file(path: Path) -> bytes | None:
+def _mark_in_file(path: Path) -> _Mark | None:
     """The last mark that is in the file itself, whatever is in its log; None if there is none that can be read."""
+    uri = f"file:{quote(os.fspath(path))}?mode=ro&immutable=1"  # without its log, and without locks
     try:
-        uri = f"file:{quote(os.fspath(path))}?mode=ro&immutable=1"  # without its log, and without locks
         with closing(sqlite3.connect(uri, uri=True)) as file:
-            found = file.execute("SELECT mark FROM log_mark").fetchone()
+            return _mark_of(file)
     except sqlite3.Error:
         return None
-    return bytes(found[0])[-_MARK_ID_BYTES:] if found else None
 
 
-def _mark_in_log(log: Path) -> tuple[bytes, bytes] | tuple[None, None]:
-    """The mark with which a log begins: that of its file before, and its own. (None, None) if it begins with none.
+def _mark_in_log(log: Path) -> _Mark | None:
+    """The mark with which a log begins; None if it begins with none.
 
     The format: https://www.sqlite.org/fileformat2.html#the_write_ahead_log
     """
     with log.open("rb") as file:
         header = file.read(32)
         if len(header) < 32:
-            return None, None
+            return None
         magic, _, page_size = struct.unpack(">3I", header[:12])
         order = ">" if magic & 1 else "<"
         sums = _log_sums(header[:24], (0, 0), order)
         if magic & ~1 != 0x377F0682 or page_size > 65_536 or sums != struct.unpack(">2I", header[24:]):
-            return None, None
+            return None
         for _ in range(_MARK_FRAMES):
             frame = file.read(24 + page_size)
             if len(frame) < 24 + page_size or frame[8:16] != header[16:24]:
@@ -504,11 +620,44 @@ def _mark_in_log(log: Path) -> tuple[bytes, bytes] | tuple[None, None]:
             if sums != struct.unpack(">2I", frame[16:24]):
                 break
             if (at := frame.find(_MARK, 24)) >= 0:
-                ids = frame[at + len(_MARK) :][: 2 * _MARK_ID_BYTES]
-                return ids[:_MARK_ID_BYTES], ids[_MARK_ID_BYTES:]
+                return _Mark.at_start_of(frame[at:])
             if frame[4:8] != bytes(4):  # the end of the first transaction
                 break
-    return None, None
+    return None
+
+
+def _note_path(path: Path) -> Path:
+    return Path(f"{path}-mark")
+
+
+def _note(path: Path, mark: _Mark) -> bool:
+    """Write down, where there is a note, that the database at `path` has this mark; False if that did not succeed.
+
+    In place: it is so short that no disk writes a part of it, and needs no space.
+    """
+    data = mark.data + zlib.crc32(mark.data).to_bytes(4)
+    try:
+        file = os.open(_note_path(path), os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            written = os.pwrite(file, data, 0)
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return written == len(data)
+
+
+def _noted(path: Path) -> _Mark | None:
+    """The mark that the database at `path` had last, or the one before it; None if nobody knows."""
+    try:
+        data = _note_path(path).read_bytes()
+    except OSError:
+        return None
+    mark = _Mark.at_start_of(data)
+    return mark if mark and data[_MARK_BYTES : _MARK_BYTES + 4] == zlib.crc32(mark.data).to_bytes(4) else None
 
 
 def _log_sums(data: bytes, sums: tuple[int, int], order: str) -> tuple[int, int]:

@@ -39,8 +39,8 @@ Beside the row a process has a history (events), a log (lines), answers to lette
 checkpoints, each of them bounded.
 
 Requests and answers are plain data, so that the same ones go to a store in this thread, in another thread
-or behind a broker. `Persister` is the asynchronous face that the runtime uses; `prunus.testing` has its
-contract as a runnable suite.
+or behind a broker. `Persister` is the asynchronous face that the runtime uses;
+`prunus.testing.PersisterContract` is its contract as a runnable suite.
 """
 
 from __future__ import annotations
@@ -355,6 +355,8 @@ class Posted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Who holds the process."""
     epoch: int = 0
     """Of its last claim: who claims it from now on gets a higher one, and the letter."""
+    nobody_reads: bool = False
+    """Nobody holds the process, and there is no worker that would read the letter to it. Only a broker knows that."""
 
 
 class Cursor(msgspec.Struct, frozen=True):
@@ -457,8 +459,8 @@ class Query(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     aside: bool | None = None
     unfinished: bool = False
     """Only those that are not terminal."""
-    limit: int = 50
-    """1 to `QUERY_LIMIT`."""
+    limit: int | None = None
+    """At most so many, 1 to `QUERY_LIMIT`. None: as many as one answer of a store holds, which is `QUERY_LIMIT`."""
     before: str | None = None
     """Only pids created before this one: the next page."""
     prefix: str | None = None
@@ -471,8 +473,13 @@ class Query(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Wall clock, seconds since 1970: nothing was saved or said of it since. For one that has ended: it did before."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.limit <= QUERY_LIMIT:
+        if not 1 <= self.at_most <= QUERY_LIMIT:
             raise ValueError(f"a query answers with 1 to {QUERY_LIMIT} processes, not {self.limit}")
+
+    @property
+    def at_most(self) -> int:
+        """How many processes an answer of a store has at most."""
+        return QUERY_LIMIT if self.limit is None else self.limit
 
 
 class Persister(Protocol):

@@ -431,7 +431,7 @@ class ProcessStore:
             if state in TERMINAL_STATES:
                 statement, values = _prune_statement(query, state)
                 found += ((*row, state) for row in self._run(statement, *values))
-        rows = [(n, epoch, state) for _, n, epoch, state in sorted(found)[: query.limit]]
+        rows = [(n, epoch, state) for _, n, epoch, state in sorted(found)[: query.at_most]]
         self._forget(rows)
         return len(rows), NOTHING
 
@@ -552,12 +552,16 @@ class ProcessStore:
     def unheld_work(self) -> Effects:
         """All unheld processes that are runnable or called now: each must have a task. Costs nothing for the others."""
         runnable = [_Row(*values) for values in self._run(_FIND_RUNNABLE)]
-        called = [_Row(*values) for values in self._run(_FIND_CALLED)]
         return Effects(
             runnable=tuple(row.pid for row in runnable if row.is_runnable),
-            called=tuple(row.pid for row in called if row.is_called),
+            called=self.called(),
             routes={row.pid: route for row in runnable if row.is_runnable and (route := row.route) is not PLAIN},
         )
+
+    def called(self) -> tuple[str, ...]:
+        """All unheld processes that have letters now. Costs nothing for the others."""
+        rows = [_Row(*values) for values in self._run(_FIND_CALLED)]
+        return tuple(row.pid for row in rows if row.is_called)
 
     def routes(self, pids: Iterable[str]) -> dict[str, Route]:
         """Those of these processes, as far as they are not plain."""
@@ -1867,8 +1871,8 @@ def _query_statement(query: Query, before: int | None) -> tuple[str, list[Any]]:
     for state in dict.fromkeys(states) or (None,):
         source, where, wanted = _conditions(query, state, before)
         parts.append(f"SELECT * FROM (SELECT n FROM {source} WHERE {where} ORDER BY {order} DESC LIMIT ?)")
-        values += [*wanted, query.limit]
-    return f"{' UNION '.join(parts)} ORDER BY n DESC LIMIT ?", [*values, query.limit]
+        values += [*wanted, query.at_most]
+    return f"{' UNION '.join(parts)} ORDER BY n DESC LIMIT ?", [*values, query.at_most]
 
 
 def _prune_statement(query: Query, state: str) -> tuple[str, list[Any]]:
@@ -1881,7 +1885,7 @@ def _prune_statement(query: Query, state: str) -> tuple[str, list[Any]]:
     return (
         f"SELECT ended_at, n, epoch FROM {source} WHERE ended_at IS NOT NULL AND {where} AND NOT {_IS_NEEDED} "
         "ORDER BY ended_at, n LIMIT ?"
-    ), [*values, query.limit]
+    ), [*values, query.at_most]
 
 
 def _conditions(query: Query, state: str | None, before: int | None) -> tuple[str, str, list[Any]]:

@@ -45,6 +45,8 @@ MAX_EAGER_DEPTH = 8
 T = TypeVar("T")
 Outcome = tuple[Any, BaseException | None]
 """What a step has returned, or what it has raised."""
+OF_USERS = (Exception, SystemExit, GeneratorExit)
+"""What a function of the user's that is no step may raise: no more than its own error."""
 
 _log = logging.getLogger(__name__)
 
@@ -186,8 +188,6 @@ class Attempt(msgspec.Struct, eq=False):
             is_async = self.options is not None and self.options.is_async
             value = await (function(*args, **kwargs) if is_async else self.call(function, *args, **kwargs))
             self.outcome = value, None
-        except GeneratorExit:
-            raise
         except BaseException as error:  # the user's step: also SystemExit is no more than the end of this process
             if _is_ctrl_c(error):
                 raise
@@ -207,8 +207,6 @@ class Attempt(msgspec.Struct, eq=False):
             if value is not None and function is not at_once and inspect.isawaitable(value):
                 return self._body(_await, (value,), {})
             return value, None
-        except GeneratorExit:
-            raise
         except BaseException as error:  # the user's step
             if _is_ctrl_c(error):
                 raise

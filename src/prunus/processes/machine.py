@@ -57,7 +57,7 @@ from prunus.errors import (
     StepBlockedError,
 )
 from prunus.processes import commands, control, stack, waits
-from prunus.processes.attempts import Attempt, Outcome, at_once
+from prunus.processes.attempts import OF_USERS, Attempt, Outcome, at_once
 from prunus.processes.commands import Command, Continue, Stop, Wait
 from prunus.processes.control import CALM, KillLevel, Register, merge
 from prunus.processes.fanout import FanOut, children_of
@@ -771,7 +771,7 @@ class Machine:
                     changes, value = self._settle_effect(value), None
                 case _:
                     assert_never(message)
-        except Exception as error:  # the user's update, or a message that does not fit: its sender is told
+        except OF_USERS as error:  # the user's update, or a message that does not fit: its sender is told
             self.revision += token is not None
             self._reply(token, failure=Failure.of(error))
             return ()
@@ -1067,7 +1067,7 @@ class Machine:
             fan, numbers = fan.without(ended).more()
             try:
                 self._want("children", *children_of(self, fan, numbers))
-            except Exception as error:  # the user's method that gives the items
+            except OF_USERS as error:  # the user's method that gives the items
                 return self._enter(Event.FAIL, Excepted(Failure.of(error)), None, str(error))
             pending[place] = changed(item, on=replace(item.on, fan=fan))
             self.revision += 1
@@ -1150,14 +1150,14 @@ class Machine:
     def _hook(self, hook: Callable[[], None]) -> None:
         try:
             hook()
-        except Exception:  # a hook of the user's: the process goes on without it
+        except OF_USERS:  # a hook of the user's: the process goes on without it
             _log.exception("a hook of process %s failed; the process goes on", self.pid, extra={"pid": self.pid})
 
     def _tell_listeners(self, method: str, *facts: Any) -> None:
         for listener in self._listening:
             try:
                 getattr(listener, method)(self, *facts)
-            except Exception:  # a listener of the user's: the process goes on without it
+            except OF_USERS:  # a listener of the user's: the process goes on without it
                 _log.exception(
                     "the listener %r of process %s failed; the process goes on",
                     listener,

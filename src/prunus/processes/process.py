@@ -289,6 +289,7 @@ class Process(Machine, Generic[InputsT, OutputsT]):
             "outputs": self._outputs,
             "state": states.to_data(self._state),
             "step_number": self._step_number,
+            "has_last_step": self.on_kill is not None,
         }
         if self._status is not None:
             facts["status"] = self._status

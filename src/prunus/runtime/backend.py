@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -21,16 +21,17 @@ import prunus
 from prunus.errors import NotPermittedError, StoreFullError
 from prunus.messaging.access import ADMINISTERING, ALL, SENDING, WORKING, Role
 from prunus.messaging.communicator import DEFAULT_QUEUE, Communicator, IncomingTask
-from prunus.messaging.exchange import NewBroadcast, NewTask, Served
+from prunus.messaging.exchange import NewBroadcast, NewTask, Over, Served
 from prunus.messaging.inventory import Statistics
 from prunus.messaging.messages import Peer
 from prunus.messaging.queues import needs_of
 from prunus.persistence import requests
-from prunus.persistence.persister import Claim, Effects, Route, Save
-from prunus.persistence.sqlite import ProcessStore
+from prunus.persistence.persister import TERMINAL_STATES, Claim, Effects, Route, Save
+from prunus.persistence.sqlite import ProcessStore, merge
 from prunus.processes import PlayState
 from prunus.runtime import crashes, reconcile, upkeep
 from prunus.runtime.crashes import Deaths
+from prunus.runtime.kills import find_kill, killed, needs_its_code
 from prunus.runtime.upkeep import Upkeep
 
 RUN_LANE = DEFAULT_QUEUE
@@ -90,6 +91,8 @@ class ProcessService:
         """The path of the database whose disk is full: nothing new is created then, everything else goes on ..."""
         self.refuse_changes: str | None = None
         """... and with this one nothing is changed."""
+        self._is_left_to_workers = True
+        """There may be letters that a worker was to read. When the last one is gone somebody has to look."""
 
     def execute(self, request: bytes, session: str, role: Role) -> Served:
         """Answer one request of the peer `session`; raises what the store raises, and `NotPermittedError`."""
@@ -98,8 +101,7 @@ class ProcessService:
             return Served(answer=msgspec.json.encode(statistics))
         if self._upkeep is not None and request.startswith(upkeep.PREFIX):
             _only_owner(role, "to look after the database")
-            request = request.removeprefix(upkeep.PREFIX)
-            return Served(answer=self._upkeep.execute(request), wrote=upkeep.writes(request))
+            return self._upkeep.execute(request.removeprefix(upkeep.PREFIX))
         if request.startswith(crashes.PREFIX):
             _only_owner(role, "to say how a worker ended")
             if self.refuse_changes is None:
@@ -116,28 +118,75 @@ class ProcessService:
         if self.refuse_changes is not None and not isinstance(decoded, requests.READING):
             raise StoreFullError(self.refuse_changes)
         answer, effects = requests.perform(self._store, decoded, session)
+        ends, effects = self._end_killed(effects)
         begins = None
         if isinstance(decoded, requests.CreateRequest) and answer.is_new:
             process = decoded.process
             begins = NewTask(queue=process.queue, key=process.pid, needs=needs_of(process.resources.items()))
+        elif isinstance(decoded, requests.PostRequest) and answer.seq and answer.owner is None:
+            answer = msgspec.structs.replace(answer, nobody_reads=self._nobody_reads and not ends)
+        made = (decoded, *ends)
         return Served(
             answer=requests.encode_answer(answer),
             tasks=tasks_for(effects),
-            broadcasts=(*news_of(decoded), *nudges_of(effects)),
+            over=over_with(made),
+            broadcasts=(*(news for each in made for news in news_of(each)), *nudges_of(effects)),
             begins=begins,
         )
 
-    def left(self, session: str, lost: Peer | None) -> tuple[NewTask | NewBroadcast, ...]:
+    def left(self, session: str, lost: Peer | None) -> tuple[NewTask | Over | NewBroadcast, ...]:
         """`session` is gone for good: what it held goes to others, and letters need not wait for that. If it died, the
         processes whose steps it ran are blamed, and may be set aside for it."""
+        aside: Sequence[str] = ()
         if lost is None:
-            return tasks_for(self._store.release_all(session))
-        worker = session.rpartition("-")[0] or session
-        effects, blamed, aside = self._store.blame_all(session, f"{worker}, pid {lost.pid}")
-        self._deaths.noticed(lost, blamed, aside)
+            effects = self._store.release_all(session)
+        else:
+            worker = session.rpartition("-")[0] or session
+            effects, blamed, aside = self._store.blame_all(session, f"{worker}, pid {lost.pid}")
+            self._deaths.noticed(lost, blamed, aside)
         for pid in aside:
             logger.error("process %s is set aside: its step ended so many workers", pid, extra={"pid": pid})
-        return *tasks_for(effects), *(NewBroadcast(sender=pid, subject=SET_ASIDE) for pid in aside)
+        if self._is_left_to_workers and self._nobody_reads:
+            self._is_left_to_workers = False
+            effects = merge([effects, Effects(called=self._store.called())])
+        ends, effects = self._end_killed(effects)
+        return (
+            *tasks_for(effects),
+            *over_with(ends),
+            *(news for end in ends for news in news_of(end)),
+            *(NewBroadcast(sender=pid, subject=SET_ASIDE) for pid in aside),
+        )
+
+    @property
+    def _nobody_reads(self) -> bool:
+        """Whether there is no worker that would read letters to unheld processes."""
+        return self._tasks is not None and not self._tasks.is_served(CONTROL_LANE)
+
+    def _end_killed(self, effects: Effects) -> tuple[list[requests.SaveRequest], Effects]:
+        """Nobody reads letters: end those of the called processes that are told to die, and their children, if none of
+        their code is needed for it. How, and what is left of the effects."""
+        if not effects.called:
+            return [], effects
+        if not self._nobody_reads:
+            self._is_left_to_workers = True
+            return [], effects
+        ends: list[requests.SaveRequest] = []
+        caused, called, at = [effects], list(effects.called), self._clock()
+        for pid in called:  # it grows
+            record, _ = self._store.load(pid)
+            kill = find_kill(record.inbox)
+            if kill is None or needs_its_code(record, kill):
+                continue
+            claim, _ = self._store.claim(pid, "broker", at=at)
+            end = requests.SaveRequest(killed(claim.record, claim.epoch, kill, at))
+            _, more = requests.perform(self._store, end)
+            ends.append(end)
+            caused.append(more)
+            called += more.called
+        effects = merge(caused)
+        ended = {end.save.pid for end in ends}
+        living, unread = (tuple(pid for pid in pids if pid not in ended) for pids in (effects.runnable, effects.called))
+        return ends, msgspec.structs.replace(effects, runnable=living, called=unread)
 
     def _reconcile(self, data: bytes, tasks: reconcile.Tasks) -> Served:
         """Check the processes behind a place, or mend them too."""
@@ -202,6 +251,15 @@ def who_may_ask(request: requests.Request) -> frozenset[Role]:
     if isinstance(request, requests.ARRIVING):
         return ADMINISTERING
     return WORKING if isinstance(request, requests.HOLDING) else SENDING
+
+
+def over_with(made: Iterable[requests.Request]) -> tuple[Over, ...]:
+    """The processes of which nobody has to take care any more once these requests are committed: they have ended."""
+    return tuple(
+        Over(request.save.pid)
+        for request in made
+        if isinstance(request, requests.SaveRequest) and request.save.state in TERMINAL_STATES
+    )
 
 
 def _only_owner(role: Role, what: str) -> None:

@@ -15,6 +15,12 @@ A disk that runs full is no reason to end. With little space left new work is re
 there goes on, also on the space of a ballast file that is given up at that moment. With none left nothing is changed
 any more: runners wait with their checkpoints, and what only reads is answered. Should SQLite find no space all the
 same, everything is read from the disk again, as after a kill, and nothing is changed for a while.
+
+Nobody may take the database away unseen. At its start the broker refuses one that was emptied, removed or replaced,
+and one whose log is gone (`prunus.persistence.database`). If that is done while it serves, it ends within about a
+second: what was in a log that was removed is put into the file by that; a file that was removed lives as long as the
+broker has it open, and is copied to a new one before that is over. The next broker does not start before somebody has
+decided.
 """
 
 from __future__ import annotations
@@ -37,20 +43,23 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 import prunus
-from prunus.errors import PrunusError, StoreFullError
+from prunus.errors import PersistenceError, PrunusError, StoreFullError
 from prunus.messaging.blobs import BlobStore
 from prunus.messaging.exchange import BrokerStoppedError, Exchange, NewTask
 from prunus.messaging.liveness import boottime
 from prunus.messaging.messages import LEASE_S
 from prunus.persistence.database import (
     WAL_LIMIT_BYTES,
+    begin_note,
     checkpoint_wal,
     commit,
     explain,
+    file_ids,
     is_damage,
     lay_out_log,
     log_file_bytes,
     open_database,
+    rescue,
     wal_bytes,
 )
 from prunus.persistence.sqlite import ProcessStore
@@ -63,6 +72,7 @@ from prunus.runtime.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from prunus.messaging.doors import Connection
+    from prunus.messaging.server import Server
 
 BALLAST_BYTES = 4 * 1024 * 1024
 """Given up when the disk is full, so that running work can still be saved."""
@@ -98,7 +108,8 @@ the next check."""
 RECONCILED_AT_ONCE = 10_000
 """Processes that had no task and get one in one commit."""
 CHECK_INTERVAL_S = 1.0
-"""How often the disk's free space and the length of the write-ahead log are looked at, with or without work."""
+"""How often the disk's free space, the length of the write-ahead log and whether the files are still there are looked
+at, with or without work."""
 
 _ENDS: tuple[Literal["finished", "excepted", "killed"], ...] = ("finished", "excepted", "killed")
 _FIRST_ENDED = (0.0, 0)
@@ -212,6 +223,8 @@ class Broker:
         """By state: where the next batch of ended processes begins, if it is not the first."""
         self._connection: sqlite3.Connection = open_database(database)
         try:
+            begin_note(self._connection)
+            self._files = file_ids(database)
             if not self._guard.is_scarce(WAL_LIMIT_BYTES, boottime()):
                 lay_out_log(self._connection)
             with _the_disk_may_fail():
@@ -244,6 +257,11 @@ class Broker:
         if now < self._next_check_s:
             return
         self._next_check_s = now + CHECK_INTERVAL_S
+        try:
+            self._keep_hold()
+        except StoreFullError as error:  # then it must not end, nor confirm anything, before there is a copy
+            logger.error("%s was removed while the broker had it open, and is not saved: %s", self._database, error)
+            self._guard.found_none(now)
         scarce = self._guard.is_scarce(0, now)
         self._empty_log(now, SCARCE_WAL_LIMIT_BYTES if scarce else WAL_LIMIT_BYTES, shrink=scarce)
         self._guard.check(now)
@@ -263,6 +281,7 @@ class Broker:
     def close(self) -> None:
         """Leave the disk tidy. A broker that is killed leaves it as safe, but with a log to read."""
         self._upkeep.stop()
+        self._keep_hold()
         self._checkpoint()
         self._connection.close()
 
@@ -270,6 +289,32 @@ class Broker:
         """Let go of the database as it is."""
         self._upkeep.stop()
         self._connection.close()
+
+    def _keep_hold(self) -> None:
+        """If somebody took the database or its log away, save what was in it and raise a `PersistenceError` that says
+        where it is; a `StoreFullError` if there is no space for that."""
+        found = file_ids(self._database)
+        if found == self._files:
+            return
+        self._upkeep.stop()
+        if found[0] == self._files[0]:
+            raise PersistenceError(
+                f"the log {self._database}-wal was removed or replaced while the broker had it open; the broker ends, "
+                "so that what was in it is put into the database, and can be started again"
+            )
+        try:
+            copy = rescue(self._connection)
+        except StoreFullError:
+            raise
+        except PersistenceError as error:
+            raise PersistenceError(
+                f"{self._database} was removed or replaced while the broker had it open, and what was in it is lost: "
+                f"{error}"
+            ) from error
+        raise PersistenceError(
+            f"{self._database} was removed or replaced while the broker had it open; all that was in it is saved: "
+            f"`prunus broker restore {copy}` goes on from there"
+        )
 
     def _make_room(self, size: int) -> None:
         now = boottime()
@@ -360,11 +405,45 @@ def kept_ended_s(config: Config) -> dict[str, float]:
     return {state: keep_s for state in _ENDS if (keep_s := config.keep_s(state)) is not None}
 
 
-def serve(profile: Profile, *, lease_s: float = LEASE_S) -> None:
-    """Serve a profile until SIGTERM or SIGINT. The caller holds the lock."""
+class Whereabouts:
+    """The files by which a broker is found: its lock and its socket. Whoever cleans up may take them away."""
+
+    def __init__(self, profile: Profile, lock: ServiceLock | None) -> None:
+        """Of a broker that serves now. Without a `lock`, that is somebody else's business."""
+        self._folder, self._lock = profile.path, lock
+        self._socket = Path(profile.endpoint.removeprefix("ipc://"))
+        self._file = self._socket.stat()
+        self._next_look_s = 0.0
+
+    def are_lost(self, now: float) -> bool:
+        """Whether nobody can find the broker any more, for its socket is gone; the lock is renewed where that is all.
+        Asked often, it looks once a second. Of a profile that was deleted there is nothing to be found."""
+        if now < self._next_look_s or not self._folder.is_dir():
+            return False
+        self._next_look_s = now + CHECK_INTERVAL_S
+        if self._lock is not None:
+            self._lock.renew()
+        try:
+            return not os.path.samestat(self._socket.lstat(), self._file)
+        except FileNotFoundError:
+            return True
+        except OSError:  # it can't be seen at the moment
+            return False
+
+
+def _turn(broker: Broker, server: Server, whereabouts: Whereabouts, now: float) -> None:
+    broker.look_after(now, server.put)
+    if whereabouts.are_lost(now):
+        server.stop()
+
+
+def serve(profile: Profile, *, lease_s: float = LEASE_S, lock: ServiceLock | None = None) -> None:
+    """Serve a profile until SIGTERM or SIGINT. The caller holds the lock, and gives it to be renewed."""
     from prunus.messaging.keys import Keyring
     from prunus.messaging.server import Server
 
+    profile.check_keys()
+    _limit_resources()
     listen = profile.config.listen
     keys = Keyring(profile.keys) if listen else None
     guard = DiskGuard(profile.database)
@@ -394,11 +473,15 @@ def serve(profile: Profile, *, lease_s: float = LEASE_S) -> None:
             broker.look_after(boottime(), put=functools.partial(broker.exchange.put, boottime()))
             with Server(broker.exchange, profile.endpoint, listen=listen, keys=keys) as server:
                 servers[:] = [server]
-                profile.note_listening(server.endpoints[1:])
+                profile.note_listening(dict(zip(listen, server.endpoints[1:], strict=True)))
                 logger.info("epoch %d: serving at %s", broker.exchange.broker_epoch, ", ".join(server.endpoints))
+                whereabouts = Whereabouts(profile, lock)
                 if not stopping:
-                    server.run(each_turn=functools.partial(broker.look_after, put=server.put))
+                    server.run(each_turn=functools.partial(_turn, broker, server, whereabouts))
             broker.close()
+            if not stopping:
+                logger.warning("the socket %s was removed: starting again, with a new one", profile.endpoint)
+                profile = Profile(profile.path, profile.config)  # where its socket is, was written in that folder
         except (BrokerStoppedError, StoreFullError) as error:
             if broker is not None:
                 broker.abandon()
@@ -415,10 +498,14 @@ def serve(profile: Profile, *, lease_s: float = LEASE_S) -> None:
                 FULL_PAUSE_S,
             )
             time.sleep(STARTING_PAUSE_S)
+        except PersistenceError:
+            if broker is not None:
+                broker.abandon()
+            raise
     logger.info("stopped")
 
 
-def limit_resources() -> None:
+def _limit_resources() -> None:
     """Memory is bounded, and there are as many files as may be: two for each client."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard == resource.RLIM_INFINITY or hard > MEMORY_LIMIT_BYTES:
@@ -435,11 +522,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lease", type=float, default=LEASE_S, help="seconds of silence after which a peer is gone")
     options = parser.parse_args(arguments)
     logs.configure(options.profile, "broker")
-    limit_resources()
     try:
         profile = Profile.load(options.profile)
-        with ServiceLock(profile.lock("broker")):
-            serve(profile, lease_s=options.lease)
+        with ServiceLock(profile.lock("broker")) as lock:
+            serve(profile, lease_s=options.lease, lock=lock)
     except PrunusError as error:
         logger.critical("%s", error)
         sys.exit(1)

@@ -40,7 +40,8 @@ async def communicator(
     """Tasks, questions and broadcasts over the broker of a profile, or of a network (see `find_broker`).
 
     Leave it with ``async with`` or `close`. `name` begins the name of its session, for those who look at the broker.
-    Raises `ProfileError`, `ConnectionLostError` (no broker runs) and `KeyRefusedError`.
+    Raises `ProfileError`, `ConnectionLostError` (no broker runs), `BusyError` (it has as many clients as it may have)
+    and `KeyRefusedError`.
     """
     return await messaging.connect(find_broker(profile, key), name=name)
 

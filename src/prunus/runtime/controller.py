@@ -68,7 +68,9 @@ from prunus.runtime.selection import (
     ask_all,
     is_left_aside,
     listening,
+    pages_of,
     query_of,
+    warn_of_unread,
 )
 
 if TYPE_CHECKING:
@@ -208,8 +210,14 @@ class ProcessController:
         return ProcessHandle(pid, self)
 
     async def find(self, query: Query | None = None) -> Sequence[Record]:
-        """The processes that match, newest first."""
-        return await self._backend.persister.query(query or Query())
+        """The rows of all processes that match, newest first; of the `Query.limit` newest, if the query has one.
+
+        Without a limit they are read page by page: see `processes` for so many that they need not be in one list.
+        """
+        query = query or Query()
+        if query.limit is not None:
+            return await self._backend.persister.query(query)
+        return [row async for page in pages_of(self, query) for row in page]
 
     def processes(self, **filters: Unpack[Filters]) -> ProcessSelection:
         """The processes that match, to look at or to act on all of them (see `prunus.runtime.selection`)::
@@ -283,6 +291,7 @@ class ProcessController:
         """Post a letter and wait until it is dealt with. The row then, and the letter's number; 0 if it had ended."""
         persister = self._backend.persister
         posted = await persister.post(pid, encode_letter(message))
+        warn_of_unread(message, [posted])
         if not posted.seq:
             return await persister.load(pid), 0
 
@@ -569,7 +578,8 @@ async def connect(
     """A controller of the daemon of a profile: the given one, or that of this folder or user; or, with the file of a
     `key`, of the daemon on a network that the key is for.
 
-    Raises `ProfileError`, `ConnectionLostError` (no daemon runs) and `KeyRefusedError`.
+    Raises `ProfileError`, `ConnectionLostError` (no daemon runs), `BusyError` (the broker has as many clients as it may
+    have) and `KeyRefusedError`.
     """
     from prunus.runtime.connecting import communicator
 

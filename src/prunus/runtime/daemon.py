@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -87,10 +88,8 @@ class ReloadProgress:
 def status(profile: Profile) -> DaemonStatus:
     """What is true now."""
     daemon = read_holder(profile.lock("daemon"))
-    names = [file.stem for file in profile.run_folder.glob("*.lock")]
-    holders = {name: read_holder(profile.lock(name)) for name in sorted(names, key=in_order) if is_service(name)}
     wanted = wanted_services(profile) if daemon is not None else ()
-    return DaemonStatus(daemon, {name: holder for name, holder in holders.items() if holder is not None}, wanted)
+    return DaemonStatus(daemon, _running(profile), wanted)
 
 
 async def start(
@@ -100,10 +99,12 @@ async def start(
 
     Without `workers` there are as many as were asked for before the supervisor crashed, else as the configuration
     says. Broker and workers that such a crash left behind are taken over. `DaemonError` if there is a daemon already,
-    or if it is not ready within `START_TIMEOUT_S` (with the end of the log that tells why). `command` starts another
-    program as the supervisor, `ask` asks another broker.
+    or if it is not ready within `START_TIMEOUT_S` (with the end of the log that tells why); `ProfileError` if its
+    broker could not start for want of keys. `command` starts another program as the supervisor, `ask` asks another
+    broker.
     """
-    with ServiceLock(profile.lock("daemon")):  # a daemon runs already: say so before anything is changed
+    with ServiceLock(profile.lock("daemon"), profile.path):  # a daemon runs already: say so before anything is changed
+        profile.check_keys()
         if workers is not None:
             _wish_workers(profile, workers)
     logs = {name: _size(profile.log(name)) for name in ("daemon", *wanted_services(profile))}
@@ -130,29 +131,37 @@ async def stop(profile: Profile, say: Callable[[StopProgress], None] | None = No
     grace are killed; nothing is lost by that. `say` is called about every `PROGRESS_INTERVAL_S` with what is left.
     `DaemonError` if the supervisor does not end.
     """
-    before = status(profile)
+    daemon, services = read_holder(profile.lock("daemon")), _running(profile)
+    profile = as_it_runs(profile)
     async with _saying(profile, say):
-        if before.daemon is not None:
+        if daemon is not None:
             limit_s = stop_limit_s(profile.config.grace_s) + STOP_MARGIN_S
             _signal(profile, signal.SIGTERM)
             deadline = time.monotonic() + limit_s
-            while read_holder(profile.lock("daemon")) == before.daemon:
+            while read_holder(profile.lock("daemon")) == daemon:
                 if time.monotonic() > deadline:
                     raise DaemonError(
-                        f"the daemon (pid {before.daemon.pid}) did not end within {limit_s:.0f} s; "
-                        f"`kill -9 {before.daemon.pid}`, then `prunus daemon stop` again, stops it in any case"
+                        f"the daemon (pid {daemon.pid}) did not end within {limit_s:.0f} s; "
+                        f"`kill -9 {daemon.pid}`, then `prunus daemon stop` again, stops it in any case"
                     )
                 await asyncio.sleep(LOOK_INTERVAL_S)
-        with ServiceLock(profile.lock("daemon")):
+        with ServiceLock(profile.lock("daemon"), profile.path):
             await Supervisor(profile).run()  # nothing is wanted: it stops what is left
             forget_wish(profile)
             forget_notes(profile)
-    return before.daemon is not None or bool(before.services)
+    return daemon is not None or bool(services)
+
+
+def as_it_runs(profile: Profile) -> Profile:
+    """The profile with the grace that its daemon gives, whatever its file says by now."""
+    if (grace_s := read_notes(profile).grace_s) is None:
+        return profile
+    return dataclasses.replace(profile, config=msgspec.structs.replace(profile.config, grace_s=grace_s))
 
 
 def wish_workers(profile: Profile, workers: int) -> None:
     """Let the daemon that is started next have so many workers; `DaemonError` if one runs already."""
-    with ServiceLock(profile.lock("daemon")):
+    with ServiceLock(profile.lock("daemon"), profile.path):
         _wish_workers(profile, workers)
 
 
@@ -181,6 +190,8 @@ async def reload(
     """
     if read_holder(profile.lock("daemon")) is None:
         raise DaemonError("no daemon runs here; `prunus daemon start` starts one")
+    if broker:
+        profile.check_keys()  # else the daemon would have no broker
     wish = change_wish(
         profile,
         lambda wish: msgspec.structs.replace(
@@ -299,6 +310,13 @@ def _signal(profile: Profile, number: signal.Signals) -> bool:
     return True
 
 
+def _running(profile: Profile) -> dict[str, Holder]:
+    """Every broker and worker that runs, the broker first."""
+    names = sorted((file.stem for file in profile.run_folder.glob("*.lock")), key=in_order)
+    holders = {name: read_holder(profile.lock(name)) for name in names if is_service(name)}
+    return {name: holder for name, holder in holders.items() if holder is not None}
+
+
 def _gave_up(path: Path, since: int) -> int:
     """How often the service of this log ended with a reason."""
     entries = map(parse, last_lines(path, 1000, since))
@@ -324,7 +342,7 @@ async def _saying(profile: Profile, say: Callable[[StopProgress], None] | None) 
     async def go_on() -> None:
         while True:
             await asyncio.sleep(PROGRESS_INTERVAL_S)
-            services = status(profile).services
+            services = _running(profile)
             workers = {holder.pid for name, holder in services.items() if name.startswith(WORKER_PREFIX)}
             say(StopProgress(len(workers), await _in_hand(profile, workers) if BROKER in services else None))
 

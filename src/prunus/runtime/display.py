@@ -7,17 +7,20 @@ can't write are replaced by plain ones.
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import msgspec
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import measure_renderables
+from rich.table import Column, Table
 from rich.text import Text
 from rich.tree import Tree
 
@@ -37,6 +40,11 @@ MIN_FAILED_SHOWN = 4
 """So many of them may be failed ones, also if others run."""
 YAML_WIDTH = 90
 UNBOUNDED_WIDTH = 10_000
+DUMB = ("dumb", "unknown")
+"""Terminals (by `TERM`) that know no movements of a cursor."""
+COLUMN_GAP = 2
+READABLE_WIDTH = 24
+"""Texts in a column that is narrower are hard to read."""
 
 _TRACEBACK = "Traceback (most recent call last):\n"
 _OUR_FRAMES = re.compile(r'(?:  File "[^"]*[/\\]prunus[/\\]processes[/\\]\w+\.py", line .*\n(?:    .*\n)*)+')
@@ -94,6 +102,38 @@ class Family:
         return sum(max(found) + 1 - len(found) for found in numbers.values())
 
 
+class FittingTable(Table):
+    """A table without lines that leaves out what matters least where there is no room for all of it: one column after
+    another of `dispensable`, those in which nothing stands before the others."""
+
+    def __init__(self, *columns: Column, dispensable: Sequence[str] = ()) -> None:
+        super().__init__(*columns, box=None, pad_edge=False, padding=(0, COLUMN_GAP, 0, 0), header_style="bold")
+        self.dispensable = dispensable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = list(self.columns)
+        expendable = [column for name in self.dispensable for column in columns if column.header == name]
+        for column in sorted(expendable, key=_says_something):
+            if sum(_readable_width(each, console, options) for each in columns) <= options.max_width + COLUMN_GAP:
+                break
+            columns.remove(column)
+        fitting = FittingTable(*(column.copy() for column in columns))
+        for cells in zip(*(column.cells for column in columns), strict=True):
+            fitting.add_row(*cells)
+        yield from Table.__rich_console__(fitting, console, options)
+
+
+def _says_something(column: Column) -> bool:
+    return any(str(cell) not in ("", "-") for cell in column.cells)
+
+
+def _readable_width(column: Column, console: Console, options: ConsoleOptions) -> int:
+    """How wide a column must be to be read well, with the gap behind it."""
+    cells = [column.header, *column.cells]
+    width = measure_renderables(console, options.update(max_width=UNBOUNDED_WIDTH), cells).maximum
+    return (width if column.no_wrap else min(width, READABLE_WIDTH)) + COLUMN_GAP
+
+
 @dataclass(frozen=True)
 class Trouble:
     """A process that does not go on by itself."""
@@ -112,6 +152,11 @@ def console(*, stderr: bool = False, uncut: bool = False) -> Console:
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=width is not None)
 
 
+def can_redraw(stream: IO[str]) -> bool:
+    """Whether what was written to it can be written over: it is a terminal, and not a dumb one."""
+    return stream.isatty() and os.environ.get("TERM", "").lower() not in DUMB
+
+
 def show(console: Console, what: RenderableType, style: str | None = None) -> None:
     """Print it; without the spaces at the ends of lines if nobody can see them."""
     if console.is_terminal:
@@ -126,6 +171,11 @@ def short(pid: str) -> str:
     """A pid as people see it: the end of a UUID (with the number of an item of a fan-out), any other as it is."""
     uuid, dot, item = pid.partition(".")
     return f"{uuid[-SHORT:]}{dot}{item}" if len(uuid) == UUID_LENGTH else pid
+
+
+def word(text: str) -> str:
+    """A text as one word of a command that people copy into a shell."""
+    return shlex.quote(plain(text))
 
 
 def peer(session: str | None) -> str:
@@ -166,9 +216,9 @@ def duration(seconds: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """``2 workers``, ``1 process``."""
+    """``2,000 workers``, ``1 process``."""
     plural = "es" if noun.endswith("s") else "s"
-    return f"{number} {noun}{'' if number == 1 else plural}"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 def moment(at: float) -> str:
@@ -226,7 +276,7 @@ def awaited(record: Record, now: float) -> str:
 
 def trouble(record: Record, history: Sequence[Event]) -> Trouble | None:
     """Why a process does not go on by itself, and what to do. `record` is as `load` gives it."""
-    pid = short(record.pid)
+    pid = word(short(record.pid))
     if record.state == "excepted":
         why = next((event.note for event in reversed(history) if event.subject.endswith(".excepted")), None)
         advice = f"mend the cause, then `prunus retry {pid}` goes on from its last good checkpoint"
@@ -249,7 +299,7 @@ def trouble(record: Record, history: Sequence[Event]) -> Trouble | None:
 
 def how_to_continue(record: Record) -> str | None:
     """What makes a process go on that is held, or waits for somebody."""
-    pid = short(record.pid)
+    pid = word(short(record.pid))
     if record.is_terminal:
         return None
     if record.aside is not None:
@@ -257,7 +307,8 @@ def how_to_continue(record: Record) -> str | None:
     if record.play != "playing":
         return f"`prunus play {pid}` lets it go on"
     if record.names:
-        return " or ".join(f"`prunus send {pid} {name} [VALUE]`" for name in record.names) + " sends what it waits for"
+        commands = [f"`prunus send {pid} {word(name)} [VALUE]`" for name in record.names]
+        return f"{' or '.join(commands)} sends what it waits for"
     return None
 
 
@@ -379,12 +430,15 @@ def what_of(record: Record, *, utf8: bool) -> str:
     return told
 
 
-def plain_table(*columns: str, elastic: str | Sequence[str] | None = None) -> Table:
+def plain_table(
+    *columns: str, elastic: str | Sequence[str] | None = None, dispensable: Sequence[str] = ()
+) -> FittingTable:
     """A table without lines that would only be in the way of `grep` and `cut`.
 
-    On a terminal that is too narrow the columns `elastic` give way, the widest first, down to their titles.
+    On a terminal that is too narrow the columns `dispensable` are left out (see `FittingTable`); if that is not enough
+    the columns `elastic` give way, the widest first, down to their titles.
     """
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = FittingTable(dispensable=dispensable)
     give_way = (elastic,) if isinstance(elastic, str) else elastic or ()
     for column in columns:
         if column in give_way:
@@ -396,7 +450,7 @@ def plain_table(*columns: str, elastic: str | Sequence[str] | None = None) -> Ta
 
 def facts_table(facts: Mapping[str, str | Text | None]) -> Table:
     """Names and values; what is None is left out."""
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, COLUMN_GAP, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():

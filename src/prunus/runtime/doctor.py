@@ -21,11 +21,11 @@ import msgspec
 import prunus
 from prunus.errors import PersistenceError, PrunusError
 from prunus.messaging import blobs
-from prunus.persistence.database import commit, open_database, refuse_network_file_system, wal_bytes
+from prunus.persistence.database import commit, open_database, refuse_network_file_system, wal_bytes, was_made
 from prunus.persistence.persister import QUERY_LIMIT, Query, Record
 from prunus.persistence.sqlite import ProcessStore
 from prunus.runtime import daemon, health, reconcile, upkeep
-from prunus.runtime.display import class_name, count, plain, short, span
+from prunus.runtime.display import class_name, count, plain, short, span, word
 from prunus.runtime.locks import ServiceLock
 from prunus.runtime.overview import size as size_text
 from prunus.runtime.profile import Profile
@@ -70,12 +70,18 @@ async def examine(
         for finding in _folders(profile):
             yield finding
         now = daemon.status(profile)
-        for finding in _services(now):
+        for finding in _services(profile, now):
             yield finding
+        if error := health.network_error(profile, is_running="broker" in now.services):
+            yield Finding("problem", "network", error)
+        elif profile.config.listen:
+            yield Finding(
+                "ok", "network", f"{count(len(profile.keys.clients()), 'key')} for {', '.join(profile.config.listen)}"
+            )
     except PrunusError as error:
         yield Finding("problem", "profile", str(error))
         return
-    if now.daemon is None and "broker" not in now.services and profile.database.exists():
+    if now.daemon is None and "broker" not in now.services and was_made(profile.database):
         for finding in _file(profile, fix=fix):
             yield finding
     if "broker" in now.services:
@@ -106,7 +112,7 @@ def _folders(profile: Profile) -> Iterator[Finding]:
     if profile.database.exists():
         size = profile.database.stat().st_size + wal_bytes(profile.database)
         yield Finding("ok", "database", f"{profile.database.name}, {size_text(size)}")
-    else:
+    elif not was_made(profile.database):
         yield Finding("ok", "database", "not there yet; the first `prunus daemon start` makes it")
     for folder in profile.import_folders:
         if not folder.is_dir():
@@ -172,12 +178,13 @@ _REPAIRS = {
 
 def _asides(records: Sequence[Record]) -> Iterator[Finding]:
     for record in records:
-        look = f"`prunus logs {short(record.pid)}` shows what the workers said last; " if record.crashes else ""
+        pid = word(short(record.pid))
+        look = f"`prunus logs {pid}` shows what the workers said last; " if record.crashes else ""
         yield Finding(
             "problem",
             short(record.pid),
             f"{class_name(record.class_id)} is set aside: {record.aside}",
-            f"{look}mend the cause, then `prunus retry {short(record.pid)}`",
+            f"{look}mend the cause, then `prunus retry {pid}`",
         )
 
 
@@ -207,7 +214,7 @@ def examine_blobs(
     return findings or [Finding("ok", "blobs", "each is what was put")]
 
 
-def _services(now: daemon.DaemonStatus) -> Iterator[Finding]:
+def _services(profile: Profile, now: daemon.DaemonStatus) -> Iterator[Finding]:
     if now.daemon is None and now.services:
         left = ", ".join(now.services)
         yield Finding("problem", "daemon", f"not running, but {left} go on", "`prunus daemon start` takes them over")
@@ -218,7 +225,7 @@ def _services(now: daemon.DaemonStatus) -> Iterator[Finding]:
         for name, holder in now.services.items():
             yield Finding("ok", name, f"pid {holder.pid}, for {span(time.time() - holder.since)}")
         for name in now.missing:
-            yield Finding("problem", name, "not running; the daemon tries to start it", f"`prunus daemon logs {name}`")
+            yield Finding("problem", name, health.absence(profile, name))
 
 
 async def _looked_after(controller: ProcessController, *, fix: bool) -> AsyncIterator[Finding]:
@@ -273,7 +280,7 @@ async def _broker(profile: Profile, *, fix: bool) -> AsyncIterator[Finding]:
         for name, queue in statistics["queues"].items():
             if dead := queue["dead"]:
                 text = f"{count(dead, 'dead letter')} in the queue {plain(name)}"
-                yield Finding("warning", "tasks", text, f"`prunus tasks --dead --queue {plain(name)}` shows why")
+                yield Finding("warning", "tasks", text, f"`prunus tasks --dead --queue {word(name)}` shows why")
         counts = statistics.get("processes")
         if isinstance(counts, dict):
             text = ", ".join(f"{number} {state}" for state, number in counts.items() if number)

@@ -68,15 +68,20 @@ def free_lock(profile: Profile, name: str | None = None) -> ServiceLock:
     for number in range(1, MAX_NAMES + 1):
         lock = ServiceLock(profile.lock(f"{NAME_PREFIX}{number}"))
         if not lock.path.exists() or read_holder(lock.path) is None:
-            with contextlib.suppress(DaemonError):  # somebody else was faster
+            try:
                 lock.acquire()
                 return lock
+            except DaemonError:
+                if not lock.path.exists():  # else somebody else was faster
+                    raise
     raise DaemonError(f"{MAX_NAMES:,} workers of the profile {profile.name} run in the foreground already")
 
 
 @contextlib.asynccontextmanager
 async def _own_broker(profile: Profile, say: Callable[[str], None]) -> AsyncIterator[None]:
     keeper = BrokerKeeper(profile, say)
+    if not keeper.is_superfluous:
+        profile.check_keys()
     keeper.look()
     keeping = asyncio.create_task(keeper.keep())
     try:
@@ -102,6 +107,11 @@ class BrokerKeeper:
             await asyncio.sleep(LOOK_INTERVAL_S)
             self.look()
 
+    @property
+    def is_superfluous(self) -> bool:
+        """Whether there is a broker, or somebody else who would start one."""
+        return any(read_holder(self._profile.lock(service)) is not None for service in ("daemon", "broker"))
+
     def look(self) -> None:
         """Start a broker if there is none, and nobody else who would. What can't be done now is tried again later."""
         profile, now = self._profile, asyncio.get_running_loop().time()
@@ -110,7 +120,7 @@ class BrokerKeeper:
                 self._ended(now)
             if self._child is not None or now < self._start_at or not profile.path.is_dir():
                 return
-            if any(read_holder(profile.lock(service)) is not None for service in ("daemon", "broker")):
+            if self.is_superfluous:
                 return
             self._start(now)
         except (OSError, PrunusError) as error:

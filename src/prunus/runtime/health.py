@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Literal
 
 import msgspec
@@ -22,14 +23,14 @@ from rich.table import Table
 from rich.text import Text
 
 import prunus
-from prunus.errors import PrunusError
+from prunus.errors import ProfileError, PrunusError
 from prunus.messaging.liveness import this_peer
 from prunus.persistence.persister import Query, Record
 from prunus.runtime import logs
 from prunus.runtime.backend import BrokerStatus
 from prunus.runtime.controller import connect
 from prunus.runtime.daemon import DaemonStatus, status
-from prunus.runtime.display import class_name, count, facts_table, moment, peer, plain, plain_table, short, span
+from prunus.runtime.display import class_name, count, facts_table, moment, peer, plain, plain_table, short, span, word
 from prunus.runtime.locks import Holder
 from prunus.runtime.overview import SILENT_S, queue_table, size
 from prunus.runtime.profile import Profile
@@ -51,6 +52,8 @@ MAX_IN_HAND = 3
 """So many of the processes of a worker are named, the newest."""
 MAX_READ = 500
 """Of so many running processes it is looked who has them."""
+MAX_UNSERVED = 50
+"""Of so many queues that nobody serves it is looked whether their tasks are processes."""
 MAX_SAID = 5
 """So many lines of the logs are shown."""
 REASON_LINES = 3
@@ -137,7 +140,11 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     supervisor: Service | None
     broker: BrokerStatus | None
     """What it says of itself; None if it does not answer, or does not run."""
+    process_queues: tuple[str, ...] = ()
+    """Those queues that nobody serves, with something ready, whose tasks are processes."""
     broker_error: str | None = None
+    network_error: str | None = None
+    """What is wrong with how the broker listens on a network, or would after its next start."""
     disk_free_bytes: int
     database_bytes: int
     reloading: int = 0
@@ -221,9 +228,10 @@ async def look(profile: Profile, load: Load) -> Health:
     """How the daemon of this profile is now. With a `load` that has looked before, the processors are known too."""
     now, notes = status(profile), read_notes(profile)
     broker, records, broker_error = None, list[Record](), None
+    process_queues: tuple[str, ...] = ()
     if BROKER in now.services:
         try:
-            broker, records = await _ask(profile)
+            broker, records, process_queues = await _ask(profile)
         except (PrunusError, TimeoutError, OSError) as error:
             broker_error = str(error) or f"it does not answer within {ASK_TIMEOUT_S:.0f} s"
     holders = {**({"daemon": now.daemon} if now.daemon is not None else {}), **now.services}
@@ -248,7 +256,9 @@ async def look(profile: Profile, load: Load) -> Health:
         missing=missing,
         supervisor=supervisor,
         broker=broker,
+        process_queues=process_queues,
         broker_error=broker_error,
+        network_error=network_error(profile, is_running=broker is not None),
         disk_free_bytes=shutil.disk_usage(profile.path).free,
         database_bytes=profile.database.stat().st_size if profile.database.exists() else 0,
         other_workers=len(others),
@@ -259,10 +269,45 @@ async def look(profile: Profile, load: Load) -> Health:
     return msgspec.structs.replace(health, problems=tuple(problems_of(health, time.time())))
 
 
-async def _ask(profile: Profile) -> tuple[BrokerStatus, list[Record]]:
+def absence(profile: Profile, name: str) -> str:
+    """Why a service that should run does not, as far as that is known: how it ended, and what it said last."""
+    note = read_notes(profile).services.get(name, ServiceNote())
+    return _absence(_missing(profile, name, note), time.time())
+
+
+def network_error(profile: Profile, *, is_running: bool) -> str | None:
+    """What is wrong with how the broker listens on a network if it runs, or would after its next start."""
+    try:
+        profile.check_keys()
+        if profile.config.listen:
+            profile.keys.clients()
+    except ProfileError as error:
+        return str(error)
+    wanted, listening = profile.config.listen, profile.listening()
+    if not is_running or set(listening) == set(wanted):
+        return None
+    return (
+        f"the broker listens at {', '.join(listening.values()) or 'no place on a network'}, but `listen` in "
+        f"{profile.path / 'config.yaml'} was changed to {', '.join(wanted) or 'none'} since it was started; "
+        "`prunus daemon restart` makes that take effect"
+    )
+
+
+async def _ask(profile: Profile) -> tuple[BrokerStatus, list[Record], tuple[str, ...]]:
+    """What the broker says of itself, the processes that may run, and `Health.process_queues`."""
     async with asyncio.timeout(ASK_TIMEOUT_S), connect(profile) as controller:
         broker = msgspec.convert(await controller.broker_statistics(), BrokerStatus)
-        return broker, list(await controller.find(Query(states=("running", "created"), limit=MAX_READ)))
+        records = await controller.find(Query(states=("running", "created"), limit=MAX_READ))
+        queues = []
+        for name in itertools.islice(_unserved(broker), MAX_UNSERVED):
+            if await controller.find(Query(queue=name, unfinished=True, limit=1)):
+                queues.append(name)
+        return broker, list(records), tuple(queues)
+
+
+def _unserved(broker: BrokerStatus) -> Iterator[str]:
+    """The queues in which something is ready, and which nobody serves."""
+    return (name for name, queue in sorted(broker.queues.items()) if queue.ready and not queue.subscribers)
 
 
 def _wish(profile: Profile) -> Wish:
@@ -313,7 +358,9 @@ def _service(
         if facts.pid == holder.pid and facts.host == here and facts.connected and (facts.held or facts.credit):
             in_hand = _in_hand(session, records)
             return msgspec.structs.replace(service, used=facts.held, silent_s=facts.silent_s, in_hand=in_hand)
-    return msgspec.structs.replace(service, state="starting" if state == "running" else state)
+    if state == "running" and (broker is not None or uptime_s < HEALTHY_S):  # (else nobody knows more of it)
+        return msgspec.structs.replace(service, state="starting")
+    return service
 
 
 def state_of_running(name: str, now: DaemonStatus, note: ServiceNote, uptime_s: float) -> ServiceState:
@@ -410,6 +457,8 @@ def problems_of(health: Health, now: float) -> list[str]:
     problems += [_absence(service, now) for service in health.missing.values() if service.state != "starting"]
     if health.broker_error is not None:
         problems.append(f"The broker does not answer ({health.broker_error}); `prunus daemon logs broker` may say why.")
+    if health.network_error is not None:
+        problems.append(f"{health.network_error[:1].upper()}{health.network_error[1:]}.")
     if health.broker is not None and health.broker.disk_full:
         problems.append("The disk is full: new work is refused until there is more space; free some.")
     elif health.disk_free_bytes < LITTLE_SPACE_BYTES:
@@ -423,23 +472,25 @@ def warnings_of(health: Health, now: float) -> list[str]:
     for service in health.services.values():
         problems += _troubles(service, health, now)
     if health.broker is not None:
-        for name, queue in sorted(health.broker.queues.items()):
-            if (
-                queue.ready
-                and not queue.subscribers
-                and any(each.used is not None for each in health.services.values())
-            ):
-                problems.append(
-                    f"{count(queue.ready, 'task')} of the queue {plain(name)} wait for a worker that takes it: add it "
-                    f"to `queues` in config.yaml and `prunus daemon reload`, or start one with `prunus worker -q "
-                    f"{plain(name)}`."
-                )
+        has_workers = any(each.used is not None for each in health.services.values())
+        for name in _unserved(health.broker) if has_workers else ():
+            problems.append(_nobody_serves(name, health.broker.queues[name].ready, name in health.process_queues))
     if health.daemon_version not in (None, health.version):
         problems.append(
             f"The daemon runs Prunus {health.daemon_version}, and this is {health.version}; `prunus daemon restart` "
             "makes it the same."
         )
     return problems
+
+
+def _nobody_serves(queue: str, ready: int, of_processes: bool) -> str:
+    wait = f"{count(ready, 'task')} of the queue {plain(queue)} {'waits' if ready == 1 else 'wait'} for"
+    if not of_processes:
+        return f"{wait} a program that takes them: start it; `prunus tasks --queue {word(queue)}` lists them."
+    return (
+        f"{wait} a worker that takes it: add it to `queues` in config.yaml and `prunus daemon reload`, or start one "
+        f"with `prunus worker -q {word(queue)}`."
+    )
 
 
 def _absence(service: Service, now: float) -> str:

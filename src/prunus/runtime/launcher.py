@@ -16,7 +16,6 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from prunus.errors import (
     BusyError,
@@ -25,10 +24,10 @@ from prunus.errors import (
     ConnectionLostError,
     Failure,
     IndeterminateError,
+    KeyRefusedError,
     NotDeliveredError,
     PersistenceError,
     ProcessClassNotFoundError,
-    ProtocolError,
     ShuttingDownError,
     SpecError,
     StaleOwnerError,
@@ -38,13 +37,13 @@ from prunus.errors import (
 from prunus.messaging.broker import OWN_TASKS
 from prunus.messaging.communicator import Broadcast, IncomingTask
 from prunus.persistence import requests
-from prunus.persistence.checkpoint import decode_checkpoint, decode_data, encode_data, type_loader
-from prunus.persistence.persister import Claim, Event, Letter, Record, Save, Tell
-from prunus.processes import Process, ProcessResult, ProcessState
-from prunus.processes.control import Kill
+from prunus.persistence.checkpoint import decode_checkpoint, decode_data, type_loader
+from prunus.persistence.persister import Claim, Record
+from prunus.processes import Process
 from prunus.processes.loading import load_class
 from prunus.runtime.backend import CONTROL_LANE, Backend
-from prunus.runtime.letters import decode_letter, encode_answer, encode_letter
+from prunus.runtime.kills import find_kill, killed
+from prunus.runtime.letters import encode_answer
 from prunus.runtime.runner import Runner
 
 logger = logging.getLogger(__name__)
@@ -232,41 +231,15 @@ class Launcher:
     async def _set_aside(self, claim: Claim, task: IncomingTask, reason: str) -> None:
         """Keep what can't be continued; but a kill does not need its code."""
         pid = claim.record.pid
-        kill = _find_kill(claim)
-        if kill is None and claim.record.aside == reason:
-            await self._backend.settle(requests.SetAsideRequest(pid, claim.epoch, reason), task)
+        kill = find_kill(claim.inbox)
+        if kill is not None:
+            save = killed(claim.record, claim.epoch, kill, time.time())
+            await self._backend.settle(requests.SaveRequest(save), task)
             return
-        if kill is None:
+        if claim.record.aside != reason:
             said = "process %s is set aside: %s; once that is mended, `prunus retry` goes on"
             logger.warning(said, pid, reason, extra={"pid": pid})
-            await self._backend.settle(requests.SetAsideRequest(pid, claim.epoch, reason), task)
-            return
-        letter, message = kill
-        event = Event(subject=f"{claim.record.state}.killed", at=time.time(), note=message)
-        result: ProcessResult[Any] = ProcessResult(pid=pid, state=ProcessState.KILLED, outputs={}, exit_message=message)
-        save = Save(
-            pid=pid,
-            epoch=claim.epoch,
-            state=ProcessState.KILLED.value,
-            result=encode_data(result.to_data()),
-            events=(event,),
-            inbox_done=letter.seq,
-            tells=(Tell(body=encode_letter(Kill(message=f"its parent {pid} was killed")), to=("kill",)),),
-            release=True,
-        )
-        await self._backend.settle(requests.SaveRequest(save), task)
-
-
-def _find_kill(claim: Claim) -> tuple[Letter, str | None] | None:
-    """The letter that asks for the end of the process, and what it says."""
-    for letter in claim.inbox:
-        with contextlib.suppress(ProtocolError):  # a letter that nobody can read asks for nothing
-            match decode_letter(letter.body):
-                case Kill(message=message):
-                    return letter, message
-                case _:
-                    pass
-    return None
+        await self._backend.settle(requests.SetAsideRequest(pid, claim.epoch, reason), task)
 
 
 _CANT_CONTINUE = (ProcessClassNotFoundError, PersistenceError, SpecError)
@@ -277,6 +250,7 @@ _NOT_ITS_FAULT = (
     CommunicatorClosedError,
     ConnectionLostError,
     IndeterminateError,
+    KeyRefusedError,
     NotDeliveredError,
     StaleOwnerError,
     StoreFullError,

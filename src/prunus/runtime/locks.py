@@ -3,29 +3,44 @@
 The `flock` alone decides; the kernel gives it back when its holder ends, however it ends. What the file says
 (`Holder`) is for people and for a supervisor that wants to know whom to watch: it counts only while the lock is
 held and the process that it names is the one that wrote it, so an old file and a pid that was given to somebody
-else mean nothing. Lock files are never removed: two processes would otherwise hold "the" lock on two files.
+else mean nothing.
+
+Prunus never removes a lock file: two processes would otherwise hold "the" lock on two files. Others may, so whoever
+holds a lock looks now and then whether its file is in its place, and takes the lock on a new one if it is not
+(`ServiceLock.renew`). Until then the daemon holds the folder of the profile too, so that there is no moment in which a
+second one could start.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import time
 import weakref
+from collections.abc import Awaitable
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import msgspec
 
 from prunus.errors import DaemonError
+from prunus.files import why_refused
 
 PATIENCE_S = 5.0
 """A lock that is held by nobody in particular (somebody looks at it, or has not written its name yet) is asked for
 again during this time."""
 POLL_INTERVAL_S = 0.005
+RENEW_INTERVAL_S = 1.0
+"""How often a holder looks whether its file is in its place."""
 _HAS_PROC = Path("/proc/self/stat").exists()
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -43,41 +58,99 @@ class ServiceLock:
     """The right to be the service that the file is named after. Given back by `release` or by the end of the process;
     a forked child has no part in it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, folder: Path | None = None) -> None:
+        """With `folder`, which is there for good, nobody else gets the lock of it and this file even when the file was
+        removed."""
         self.path = path
+        self.folder = folder
+        self._since = 0.0
         self._fd: int | None = None
+        self._folder_fd: int | None = None
 
     def acquire(self) -> None:
         """Take the lock; `DaemonError` that names the holder if it is taken."""
         if self._fd is not None:
             raise ValueError(f"{self.path} is held already")
-        fd = _open(self.path)
+        deadline = time.monotonic() + PATIENCE_S
         try:
-            deadline = time.monotonic() + PATIENCE_S
-            while not _lock(fd, fcntl.LOCK_EX):
-                holder = _written(fd)
-                if holder is not None or time.monotonic() > deadline:
-                    raise _taken(self.path, holder)
-                time.sleep(POLL_INTERVAL_S)
-            me = Holder(name=self.path.stem, pid=os.getpid(), started=start_time(os.getpid()) or 0.0, since=time.time())
-            os.ftruncate(fd, 0)
-            try:
-                os.pwrite(fd, msgspec.json.encode(me), 0)
-            except OSError as error:  # a full disk
-                raise DaemonError(f"the lock file {self.path} can't be written: {error.strerror}") from error
+            if self.folder is not None:
+                self._folder_fd = _open_folder(self.folder)
+                self._wait_for(self._folder_fd, deadline)
+            self._fd = _open(self.path)
+            self._wait_for(self._fd, deadline)
+            self._since = time.time()
+            self._sign(self._fd)
         except BaseException:
-            os.close(fd)
+            self._close()
             raise
-        self._fd = fd
         _held.add(self)
+
+    def _wait_for(self, fd: int, deadline: float) -> None:
+        while not _lock(fd, fcntl.LOCK_EX):
+            holder = _holder_in(self.path)
+            if holder is not None or time.monotonic() > deadline:
+                raise _taken(self.path, holder)
+            time.sleep(POLL_INTERVAL_S)
+
+    def renew(self) -> None:
+        """Where somebody has removed the file, or put another one there, hold the lock on one that is in its place."""
+        if self._fd is None or _is_at(self._fd, self.path):
+            return
+        try:
+            self.path.parent.mkdir(mode=0o700, exist_ok=True)
+            fd = _open(self.path)
+        except (OSError, DaemonError):  # the profile was deleted, or the disk is full: later, if at all
+            return
+        try:
+            if not _lock(fd, fcntl.LOCK_EX):
+                return  # by somebody who looks at it, or by another one, whom its holder has to refuse
+            self._sign(fd)
+        except DaemonError:
+            return
+        else:
+            self._fd, fd = fd, self._fd
+            logger.warning("the lock file %s was removed; it is there again, and held as before", self.path)
+        finally:
+            os.close(fd)
+
+    async def kept(self, work: Awaitable[T]) -> T:
+        """What `work` gives; meanwhile the lock is renewed where that is needed."""
+
+        async def look() -> None:
+            while True:
+                await asyncio.sleep(RENEW_INTERVAL_S)
+                self.renew()
+
+        looking = asyncio.create_task(look())
+        try:
+            return await work
+        finally:
+            looking.cancel()
+            await asyncio.gather(looking, return_exceptions=True)
 
     def release(self) -> None:
         """Give it back. Idempotent."""
-        fd, self._fd = self._fd, None
         _held.discard(self)
-        if fd is not None:
-            os.ftruncate(fd, 0)
-            os.close(fd)
+        if self._fd is not None:
+            os.ftruncate(self._fd, 0)
+        self._close()
+
+    def _sign(self, fd: int) -> None:
+        """Write down who holds this lock."""
+        pid = os.getpid()
+        me = Holder(name=self.path.stem, pid=pid, started=start_time(pid) or 0.0, since=self._since)
+        os.ftruncate(fd, 0)
+        try:
+            os.pwrite(fd, msgspec.json.encode(me), 0)
+        except OSError as error:  # a full disk
+            raise DaemonError(f"the lock file {self.path} can't be written: {error.strerror}") from error
+
+    def _close(self) -> None:
+        for fd in (self._fd, self._folder_fd):
+            if fd is not None:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        self._fd = self._folder_fd = None
 
     def __enter__(self) -> ServiceLock:
         self.acquire()
@@ -96,7 +169,7 @@ def read_holder(path: Path) -> Holder | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise DaemonError(f"the lock file {path} can't be read: {error.strerror}") from error
+        raise DaemonError(f"the lock file {path} can't be read: {why_refused(path, error)}") from error
     try:
         deadline = time.monotonic() + PATIENCE_S
         while not _lock(fd, fcntl.LOCK_SH):
@@ -131,7 +204,36 @@ def _open(path: Path) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise DaemonError(f"the lock file {path} can't be opened: {error.strerror}") from error
+        raise DaemonError(f"the lock file {path} can't be opened: {why_refused(path, error)}") from error
+
+
+def _open_folder(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise DaemonError(f"the folder {path} can't be opened: {error.strerror}") from error
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether this is the file at `path`; also if that can't be seen at the moment."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def _holder_in(path: Path) -> Holder | None:
+    """What the file at `path` says, if there is one, and if the process that wrote it runs."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return _written(fd)
+    finally:
+        os.close(fd)
 
 
 def _lock(fd: int, kind: int) -> bool:
@@ -169,10 +271,7 @@ _held: weakref.WeakSet[ServiceLock] = weakref.WeakSet()
 def _let_go_in_child() -> None:
     # An inherited descriptor would keep the lock alive after its holder has died.
     for lock in list(_held):
-        if lock._fd is not None:
-            with contextlib.suppress(OSError):
-                os.close(lock._fd)
-            lock._fd = None
+        lock._close()
     _held.clear()
 
 

@@ -44,7 +44,8 @@ from typing import IO, Any, Literal
 
 import msgspec
 
-from prunus.errors import PrunusError
+from prunus.errors import DaemonError, PrunusError
+from prunus.files import why_refused
 from prunus.runtime.profile import Profile
 
 MAX_LOG_BYTES = 20 * 1024 * 1024
@@ -154,11 +155,14 @@ class LogKeeper:
 
 
 def open_log(path: Path) -> IO[bytes]:
-    """Open a log to append to; one that is too long is put aside first."""
-    with contextlib.suppress(FileNotFoundError):
-        if path.stat().st_size > MAX_LOG_BYTES:
-            put_aside(path)
-    return open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600))
+    """Open a log to append to; one that is too long is put aside first. `DaemonError` if it can't be written."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size > MAX_LOG_BYTES:
+                put_aside(path)
+        return open(path, "ab", opener=lambda name, flags: os.open(name, flags, 0o600))
+    except OSError as error:
+        raise DaemonError(f"the log {path} can't be opened: {why_refused(path, error)}") from error
 
 
 def put_aside(path: Path) -> None:

@@ -40,6 +40,8 @@ def _families(status: BrokerStatus) -> Iterator[tuple[str, Kind, str, Iterable[S
         yield f"prunus_queue_{name}", "gauge", text, _of_queues(status, attrgetter(name))
     oldest = _of_queues(status, attrgetter("oldest_s"))
     yield "prunus_queue_oldest_seconds", "gauge", "Age of the oldest ready task.", oldest
+    longest = _of_queues(status, attrgetter("longest_held_s"))
+    yield "prunus_queue_longest_held_seconds", "gauge", "Time for which a session has worked on one task.", longest
     for name, text in _QUEUE_COUNTERS.items():
         yield f"prunus_queue_{name}_total", "counter", text, _of_queues(status, attrgetter(name))
     for name, text in _LIMITS.items():

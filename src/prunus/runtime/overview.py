@@ -21,6 +21,7 @@ from prunus.runtime import display
 from prunus.runtime.backend import BrokerStatus
 from prunus.runtime.display import (
     CONTROL,
+    about,
     class_name,
     count,
     facts_table,
@@ -66,7 +67,10 @@ def broker_facts(status: BrokerStatus) -> dict[str, str | Text | None]:
         "database": size(status.database_bytes),
         "processes": counts or None,
         "tasks": f"{status.accepted:,} accepted, {status.delivered:,} delivered, {status.settled:,} settled since then",
-        "traffic": f"{status.frames:,} frames, {status.commits:,} commits, {status.calls:,} calls",
+        "traffic": ", ".join(
+            count(number, noun)
+            for number, noun in ((status.frames, "frame"), (status.commits, "commit"), (status.calls, "call"))
+        ),
         "questions": f"{status.questions:,} open, {count(status.identifiers, 'name')} that "
         f"{'answers' if status.identifiers == 1 else 'answer'}",
         "trouble": Text(", ".join(f"{number:,} {what}" for what, number in trouble.items() if number), "yellow")
@@ -77,10 +81,11 @@ def broker_facts(status: BrokerStatus) -> dict[str, str | Text | None]:
 
 def queue_table(status: BrokerStatus) -> Table:
     """One row a queue."""
+    numbers = ("ready", "delayed", "blocked", "held", "dead", "oldest", "held for", "in/s", "out/s", "room")
     table = plain_table(
-        "queue", "ready", "delayed", "blocked", "held", "dead", "oldest", "in/s", "out/s", "room", "limits"
+        "queue", *numbers, "limits", elastic="limits", dispensable=("limits", "held for", "blocked", "delayed")
     )
-    for column in table.columns[1:10]:
+    for column in table.columns[1:-1]:
         column.justify = "right"
     for name, queue in sorted(status.queues.items()):
         table.add_row(plain(name), *queue_cells(queue), limits_text(queue.limits))
@@ -95,7 +100,8 @@ def queue_cells(queue: QueueStatistics) -> list[str | Text]:
         _number(queue.blocked),
         _number(queue.held),
         Text(_number(queue.dead), "red" if queue.dead else ""),
-        "" if queue.oldest_s is None else span(queue.oldest_s),
+        "" if queue.oldest_s is None else about(queue.oldest_s),
+        "" if queue.longest_held_s is None else about(queue.longest_held_s),
         f"{queue.accepted_per_s:.1f}",
         f"{queue.settled_per_s:.1f}",
         Text("nobody", "yellow" if stuck else "dim") if not queue.subscribers else f"{queue.credit:,}",
@@ -136,7 +142,8 @@ def holder_table(status: BrokerStatus) -> Table:
 
 def session_table(status: BrokerStatus, here: str) -> Table:
     """One row a session, those that hold tasks first."""
-    table = plain_table("session", "role", "key", "where", "held", "room", "round trip", "heard")
+    columns = ("session", "role", "key", "where", "held", "room", "round trip", "heard")
+    table = plain_table(*columns, dispensable=("key", "room", "where", "role"))
     for column in table.columns[4:7]:
         column.justify = "right"
     for name, session in sorted(status.sessions.items(), key=lambda each: (-each[1].held, each[0])):
@@ -173,7 +180,11 @@ def task_table(tasks: Sequence[TaskInfo], now: float, processes: Mapping[str, Re
     columns += [name for name in ("key", "subject", "priority", "attempt") if has[name]]
     columns += ["process"] if processes else []
     columns += ["size", "age"] + (["what"] if what else [])
-    table = plain_table(*columns, elastic="what" if what else None)
+    table = plain_table(
+        *columns,
+        elastic="what" if what else None,
+        dispensable=("size", "attempt", "priority", "subject", "age", "queue", "process"),
+    )
     for task in tasks:
         cells: list[str | Text] = [plain(task.id), plain(task.queue), Text(task.place, _PLACE_STYLES[task.place])]
         cells += [plain(short(task.key or ""))] if has["key"] else []
@@ -247,7 +258,7 @@ def size(number: float) -> str:
     """A number of bytes."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
+            return count(round(number), "byte") if unit == "bytes" else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import msgspec
 
 from prunus.errors import ProfileError
-from prunus.files import private_folder, write_whole
+from prunus.files import private_folder, why_refused, write_whole
 
 if TYPE_CHECKING:
     from prunus.messaging.keys import KeyFolder
@@ -113,7 +113,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 raise ProfileError(f"{file} is larger than {MAX_CONFIG_BYTES:,} bytes: is it the right file?")
             found = yaml.safe_load(file.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ProfileError(f"{file} can't be read: {error.strerror}") from error
+            raise ProfileError(f"{file} can't be read: {why_refused(file, error)}") from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             where = getattr(error, "problem_mark", None)
             line = f" at line {where.line + 1}" if where else ""
@@ -140,6 +140,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             from prunus.runtime.remote.endpoints import problems_with
 
             problems += problems_with(values["endpoints"])
+        problems += _places_that_are_none(values.get("listen", ()))
         if problems:
             raise ProfileError(f"{source}: " + "".join(f"\n  {line}" for line in problems).lstrip())
         return cls(**values)
@@ -168,45 +169,42 @@ class Profile:
         says, else ``.prunus`` in the folder `start` (the current one) or its nearest parent that has one, else the
         user's profile "default". Raises `ProfileError`.
         """
-        if name is None:
-            name = os.environ.get(ENVIRONMENT_VARIABLE) or None
-        if name is not None:
-            path = cls.path_of(name)
-            if not path.is_dir():
-                option = f" --profile {os.fspath(name)}"
-                raise ProfileError(f"there is no profile {path}; `prunus init{option}` makes one")
-            return cls.load(path)
-        here = (start or Path.cwd()).resolve()
-        for folder in (here, *here.parents):
-            if (folder / FOLDER_NAME).is_dir():
-                return cls.load(folder / FOLDER_NAME)
-        if (path := user_profiles() / DEFAULT_NAME).is_dir():
-            return cls.load(path)
-        raise ProfileError(f"there is no profile in {here} or above it; `prunus init` makes one")
+        return cls.load(_find_folder(name, start))
+
+    @classmethod
+    def find_to_stop(
+        cls, name: str | os.PathLike[str] | None = None, start: Path | None = None
+    ) -> tuple[Profile, ProfileError | None]:
+        """The profile for who wants to stop what runs, and so needs no configuration: where that can't be read, the
+        default one stands in for it, and the error says what is wrong. Otherwise as `find`."""
+        path = _find_folder(name, start).resolve()
+        _refuse_what_others_write(path)
+        try:
+            return cls.load(path), None
+        except ProfileError as error:
+            if not (path / "run").is_dir():  # nothing ever ran
+                raise
+            return cls(path, Config()), error
 
     @classmethod
     def load(cls, path: Path) -> Profile:
         """The profile that is this folder; `ProfileError` if it is none, or if others could have written it."""
         path = path.resolve()
+        _refuse_what_others_write(path)
         file = path / "config.yaml"
         if not file.is_file():
             raise ProfileError(f"{path} is not a profile: it has no config.yaml (`prunus init` makes a profile)")
-        status = path.stat()
-        if os.getuid() not in (0, status.st_uid):
-            raise ProfileError(f"the profile {path} belongs to another user; use your own (`prunus init`)")
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ProfileError(f"other users may write to the profile {path}; `chmod 700 {path}` closes it")
         return cls(path, Config.read(file))
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], config: Config | None = None) -> Profile:
         """Make a new profile; `ProfileError` if there is something already."""
         folder = Path(path).absolute()
-        if (folder / "config.yaml").exists():
-            raise ProfileError(f"there is a profile already: {folder}")
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise ProfileError(f"{folder} exists and is not an empty folder; choose another place for the profile")
         try:
+            if (folder / "config.yaml").exists():
+                raise ProfileError(f"there is a profile already: {folder}")
+            if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+                raise ProfileError(f"{folder} exists and is not an empty folder; choose another place for the profile")
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
             for name in ("run", "logs"):
@@ -217,7 +215,7 @@ class Profile:
         except FileExistsError as error:
             raise ProfileError(f"somebody else makes a profile here at this moment: {folder}") from error
         except OSError as error:
-            raise ProfileError(f"the profile {folder} can't be made: {error.strerror}") from error
+            raise ProfileError(f"the profile {folder} can't be made: {why_refused(folder, error)}") from error
         return cls.load(folder)
 
     @staticmethod
@@ -279,15 +277,30 @@ class Profile:
 
         return KeyFolder(self.path / "keys")
 
-    def note_listening(self, places: Sequence[str]) -> None:
-        """The broker says where on a network it listens, with the ports that the system chose."""
-        write_whole(self.run_folder / "listening", "".join(f"{place}\n" for place in places).encode())
+    def check_keys(self) -> None:
+        """`ProfileError` if the configuration wants the broker to listen on a network, and there are no keys for that,
+        or none that can be used: it does not start then."""
+        if self.config.listen:
+            try:
+                self.keys.server()
+            except ProfileError as error:
+                places = ", ".join(self.config.listen)
+                raise ProfileError(
+                    f"by {self.path / 'config.yaml'} the broker listens at {places}, but {error}"
+                ) from error
 
-    def listening(self) -> list[str]:
-        """Where on a network the broker listens, or listened last."""
+    def note_listening(self, places: Mapping[str, str]) -> None:
+        """The broker says where on a network it listens: for each place of the configuration the same with the port
+        that the system chose."""
+        lines = (f"{asked} {bound}\n" for asked, bound in places.items())
+        write_whole(self.run_folder / "listening", "".join(lines).encode())
+
+    def listening(self) -> dict[str, str]:
+        """Where on a network the broker listens, or listened last: as it was asked, and with the port that it has."""
         with contextlib.suppress(FileNotFoundError):
-            return (self.run_folder / "listening").read_text(encoding="utf-8").split()
-        return []
+            lines = (self.run_folder / "listening").read_text(encoding="utf-8").splitlines()
+            return {asked: bound for asked, _, bound in (line.partition(" ") for line in lines)}
+        return {}
 
     @property
     def import_folders(self) -> list[Path]:
@@ -299,7 +312,7 @@ class Profile:
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
-            raise ProfileError(f"{folder} can't be made: {error.strerror}") from error
+            raise ProfileError(f"{folder} can't be made: {why_refused(folder, error)}") from error
         return folder
 
     def _short_socket(self) -> Path:
@@ -343,6 +356,53 @@ def user_profiles() -> Path:
     data = os.environ.get("XDG_DATA_HOME", "")
     base = Path(data) if os.path.isabs(data) else Path.home() / ".local" / "share"
     return base / "prunus" / "profiles"
+
+
+def _find_folder(name: str | os.PathLike[str] | None, start: Path | None) -> Path:
+    """The folder that is meant by `Profile.find`."""
+    if name is None:
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if name is not None:
+        path = Profile.path_of(name)
+        if not os.path.isdir(path):
+            option = f" --profile {os.fspath(name)}"
+            raise ProfileError(f"there is no profile {path}; `prunus init{option}` makes one")
+        return path
+    here = (start or Path.cwd()).resolve()
+    for path in (*(folder / FOLDER_NAME for folder in (here, *here.parents)), user_profiles() / DEFAULT_NAME):
+        if os.path.isdir(path):
+            return path
+    raise ProfileError(f"there is no profile in {here} or above it; `prunus init` makes one")
+
+
+def _refuse_what_others_write(path: Path) -> None:
+    """`ProfileError` if this folder is another user's, if others can write to it, or if it can't be entered."""
+    try:
+        status = path.stat()
+        if os.getuid() not in (0, status.st_uid):
+            raise ProfileError(f"the profile {path} belongs to another user; make your own: prunus init --profile NAME")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ProfileError(f"other users may write to the profile {path}; `chmod 700 {path}` closes it")
+        (path / "config.yaml").exists()
+    except FileNotFoundError:  # it is no profile then
+        return
+    except OSError as error:
+        raise ProfileError(f"the profile {path} can't be read: {why_refused(path / 'config.yaml', error)}") from error
+
+
+def _places_that_are_none(places: Sequence[str]) -> list[str]:
+    """What is wrong with those of `Config.listen` at which nobody can listen."""
+    if not places:
+        return []
+    from prunus.messaging.keys import check_place
+
+    problems = []
+    for place in places:
+        try:
+            check_place(place)
+        except ProfileError as error:
+            problems.append(f"listen: {error}")
+    return problems
 
 
 def _plain(name: str) -> str:

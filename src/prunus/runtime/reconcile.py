@@ -61,6 +61,10 @@ class Tasks(Protocol):
         """Whether a task with this key is pending or held."""
         ...
 
+    def is_served(self, queue: str) -> bool:
+        """Whether anybody subscribes to this queue."""
+        ...
+
     def sessions(self) -> Collection[str]:
         """Those that are not gone."""
         ...
@@ -229,6 +233,9 @@ class TasksOnDisk:
     def has_task(self, key: str) -> bool:
         return key in self._tasks
 
+    def is_served(self, queue: str) -> bool:
+        return False
+
     def sessions(self) -> Collection[str]:
         return self._sessions
 
@@ -244,6 +251,9 @@ class TasksOf:
 
     def has_task(self, key: str) -> bool:
         return self._exchange().has_task(key)
+
+    def is_served(self, queue: str) -> bool:
+        return self._exchange().is_served(queue)
 
     def sessions(self) -> Collection[str]:
         return self._exchange().sessions()

@@ -37,6 +37,7 @@ from prunus.errors import (
     Failure,
     IndeterminateError,
     InvalidStateError,
+    MessageTooLargeError,
     MessagingError,
     NotDeliveredError,
     PersistenceError,
@@ -100,6 +101,22 @@ def new_process(process: Process) -> NewProcess:
 def checkpoint_of(process: Process) -> bytes:
     """`process` as bytes."""
     return encode_checkpoint(process.snapshot(), class_id=process.class_id, class_version=process.version)
+
+
+def largest_part(process: Process, save: Save) -> str:
+    """What takes up most of a save of `process`: its dotted name, and its size."""
+    sizes = {f"the child {child.pid}": len(child.checkpoint) for child in save.children}
+    sizes["its answers"] = sum(len(reply.body) for reply in save.replies)
+    sizes["its log"] = _log_chars(save)
+    for name, value in process.snapshot().items():
+        parts = value if isinstance(value, Mapping) else {"": value}
+        sizes |= {f"{name}.{part}".rstrip("."): len(encode_value(inner)) for part, inner in parts.items()}
+    largest = max(sizes, key=lambda name: sizes[name])
+    return f"{largest} ({sizes[largest]:,} bytes)"
+
+
+def _log_chars(save: Save) -> int:
+    return sum(len(line.text) for line in save.lines)
 
 
 class Runner:
@@ -430,6 +447,11 @@ class Runner:
             release=True,
         )
 
+    def _excepted_instead(self, save: Save, error: PrunusError, shown: tuple[str, str]) -> Save:
+        """The save of a process that excepts because this one was refused."""
+        self._released = True
+        return self._excepted(error, shown, tuple(reply.seq for reply in save.replies), save.tells, save.lines)
+
     async def _commit(self, save: Save) -> Saved:
         pause_s, longest_s = SAVE_RETRY_S
         shown, self._shown = self._shown, (save.state, save.play)
@@ -443,9 +465,16 @@ class Runner:
                 if error.pid == save.pid:
                     raise
                 failure = InvalidStateError(save.state, f"waiting for processes that exist, not for {error.pid}")
-                answered = tuple(reply.seq for reply in save.replies)
-                save = self._excepted(failure, shown, answered, save.tells, save.lines)
-                self._released = True
+                save = self._excepted_instead(save, failure, shown)
+            except MessageTooLargeError as error:
+                if save.state == ProcessState.EXCEPTED:
+                    raise
+                too_large = MessageTooLargeError(error.size, error.limit, largest_part(self.process, save))
+                if self._is_stepping:
+                    raise too_large from None  # it is the step that wanted this to be saved
+                if _log_chars(save) > error.limit // 4:
+                    save = msgspec.structs.replace(save, lines=())
+                save = self._excepted_instead(save, too_large, shown)
             except _TRY_AGAIN as error:
                 logger.error(
                     "%s; process %s waits and tries again in %.1f s", error, save.pid, pause_s, extra={"pid": save.pid}

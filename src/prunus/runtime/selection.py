@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -35,6 +36,7 @@ from prunus.errors import (
     CommunicatorClosedError,
     ConnectionLostError,
     IndeterminateError,
+    KeyRefusedError,
     NotDeliveredError,
     NotPermittedError,
     PrunusError,
@@ -67,6 +69,7 @@ _OF_NO_REQUEST = (
     CommunicatorClosedError,
     ConnectionLostError,
     IndeterminateError,
+    KeyRefusedError,
     NotDeliveredError,
     NotPermittedError,
     ShuttingDownError,
@@ -77,6 +80,7 @@ _OF_NO_REQUEST = (
 _LIVING = tuple(state.value for state in ProcessState if state.value not in TERMINAL_STATES)
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class Filters(TypedDict, total=False):
@@ -311,7 +315,7 @@ class ProcessSelection:
             if progress is not None:
                 progress(telling.report)
 
-        telling = _Telling(self._communicator, encode_letter(message), verdict)
+        telling = _Telling(self._communicator, message, verdict)
         async with listening(self._communicator, telling.heard, telling.look_at_all):
             async for page in self._pages(self._narrowed(_LIVING)):
                 for begin in range(0, len(page), BATCH):
@@ -326,9 +330,10 @@ class ProcessSelection:
 class _Telling:
     """A letter on its way to many processes."""
 
-    def __init__(self, communicator: Communicator, body: bytes, verdict: Verdict) -> None:
+    def __init__(self, communicator: Communicator, message: Message, verdict: Verdict) -> None:
         self.report = BulkReport()
-        self._communicator, self._body, self._verdict = communicator, body, verdict
+        self._communicator, self._verdict = communicator, verdict
+        self._message, self._body = message, encode_letter(message)
         self._posted: dict[str, Posted | None] = {}
         """Those that have not dealt with it; None while the letter is being posted."""
         self._changed: dict[str, None] = {}
@@ -351,7 +356,9 @@ class _Telling:
     async def post(self, pids: Sequence[str]) -> None:
         self._posted.update(dict.fromkeys(pids))
         asked = [requests.PostRequest(pid, self._body) for pid in pids]
-        for pid, posted in zip(pids, await ask_all(self._communicator, asked), strict=True):
+        answers = await ask_all(self._communicator, asked)
+        warn_of_unread(self._message, [each for each in answers if isinstance(each, Posted)])
+        for pid, posted in zip(pids, answers, strict=True):
             if isinstance(posted, Exception):
                 self._end(pid, str(posted))
             elif not posted.seq:
@@ -395,6 +402,18 @@ class _Telling:
 
 
 # --- helpers ----------------------------------------------------------------------------------------
+
+
+def warn_of_unread(message: Message, posted: Iterable[Posted]) -> None:
+    """Say it if there is no worker that could read some of these letters: who posted them is about to wait for one."""
+    unread = sum(each.nobody_reads for each in posted)
+    if unread:
+        logger.warning(
+            "no worker runs: the %s of %s is kept until one does (`prunus daemon start`)%s",
+            message.type,
+            "1 process" if unread == 1 else f"{unread:,} processes",
+            ", for it has a last step to take; a kill by force does without" if isinstance(message, Kill) else "",
+        )
 
 
 def query_of(filters: Filters, now: float) -> Query:

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from prunus.errors import ProfileError
-from prunus.files import write_whole
+from prunus.files import why_refused, write_whole
 from prunus.runtime.locks import Holder
 from prunus.runtime.profile import Profile
 
@@ -86,6 +86,8 @@ class Notes(msgspec.Struct, frozen=True):
     version: str = ""
     """Of Prunus, that the supervisor runs."""
     services: dict[str, ServiceNote] = {}
+    grace_s: float | None = None
+    """What the supervisor gives running steps when it stops a worker."""
 
 
 def read_notes(profile: Profile) -> Notes:
@@ -117,8 +119,12 @@ def tell_end(profile: Profile, service: str, pid: int, how: str, log_tail: str) 
 
 
 def forget_notes(profile: Profile) -> None:
-    """The daemon was stopped: the next one counts from the start."""
-    _path(profile).unlink(missing_ok=True)
+    """The daemon was stopped: the next one counts from the start; or it goes on, where the file can't be removed."""
+    path = _path(profile)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s can't be removed: %s", path, why_refused(path, error))
 
 
 def _path(profile: Profile) -> Path:

@@ -425,15 +425,22 @@ def _loop_time(monotonic: float | None) -> float | None:
 async def supervise(
     profile: Profile, command_for: CommandFor | None = None, who_serves: WhoServes | None = None
 ) -> None:
-    """Be the daemon of this profile until SIGTERM or SIGINT; `DaemonError` if there is one."""
+    """Be the daemon of this profile until SIGTERM or SIGINT; `DaemonError` if there is one, `ProfileError` if its
+    broker could not start for want of keys."""
+    profile.check_keys()
     supervisor = Supervisor(profile, command_for, who_serves)
     stopping = False
+
+    def note_self(grace_s: float) -> None:
+        notes = read_notes(profile)
+        write_notes(profile, msgspec.structs.replace(notes, version=prunus.__version__, grace_s=grace_s))
 
     def read_again() -> None:
         if stopping:
             return
         try:
             supervisor.configure(Profile.load(profile.path))
+            note_self(supervisor.profile.config.grace_s)
         except PrunusError as error:
             log.error("%s; the settings stay as they were", error)
         try:
@@ -462,12 +469,12 @@ async def supervise(
         loop.add_signal_handler(number, stop, number)
     saying = asyncio.create_task(say_when_up())
     try:
-        with ServiceLock(profile.lock("daemon")):
+        with ServiceLock(profile.lock("daemon"), profile.path) as lock:
             log.info("the daemon of %s runs (pid %d)", profile.path, os.getpid())
-            write_notes(profile, msgspec.structs.replace(read_notes(profile), version=prunus.__version__))
+            note_self(profile.config.grace_s)
             if not stopping:
                 supervisor.obey(read_wish(profile) or Wish())
-            await supervisor.run()
+            await lock.kept(supervisor.run())
             log.info("all services have ended; the daemon ends")
             if profile.path.is_dir():  # else it was deleted
                 forget_notes(profile)

@@ -34,6 +34,7 @@ from prunus.errors import (
     StoreFullError,
 )
 from prunus.messaging.blobs import BlobStore
+from prunus.messaging.exchange import Served
 from prunus.messaging.taskstore import TaskStore, needed_blobs
 from prunus.persistence import database
 from prunus.persistence.sqlite import ProcessStore
@@ -199,7 +200,7 @@ class Upkeep:
         self._path = Path(database.database_path(connection))
         self._copy: _Copy | None = None
 
-    def execute(self, data: bytes) -> bytes:
+    def execute(self, data: bytes) -> Served:
         """Answer a request, in the open transaction. Raises `PersistenceError`, `BusyError` and `ProtocolError`."""
         try:
             request = _requests.decode(data)
@@ -207,20 +208,15 @@ class Upkeep:
             raise ProtocolError(f"these bytes ask for no upkeep: {error}") from error
         match request:
             case BackUp():
-                return _encode(self._begin_copy(request))
+                return _answer(self._begin_copy(request))
             case CopyAsk():
                 if self._copy is None:
                     raise PersistenceError("no backup was made since the broker started; ask for one again")
-                return _encode(self._copy.now)
+                return _answer(self._copy.now)
             case GiveBack():
-                before = space_of(self._connection)
-                if not before.gives_back:
-                    return _encode(before)
-                database.give_back_pages(self._connection, PAGES_AT_ONCE)
-                after = space_of(self._connection)
-                return _encode(msgspec.structs.replace(after, given=before.free_pages - after.free_pages))
+                return _answer(self._give_back(), wrote=True)
             case Check():
-                return _encode(self._check())
+                return _answer(self._check())
             case _:
                 assert_never(request)
 
@@ -247,6 +243,14 @@ class Upkeep:
         """End what runs; before the connection is closed."""
         if self._copy is not None:
             self._copy.stop()
+
+    def _give_back(self) -> Space:
+        before = space_of(self._connection)
+        if not before.gives_back:
+            return before
+        database.give_back_pages(self._connection, PAGES_AT_ONCE)
+        after = space_of(self._connection)
+        return msgspec.structs.replace(after, given=before.free_pages - after.free_pages)
 
     def _begin_copy(self, request: BackUp) -> Copying:
         if self._copy is not None and self.is_copying:
@@ -282,12 +286,7 @@ class Upkeep:
 
 def encode(request: Request) -> bytes:
     """The bytes that ask a broker's service for this."""
-    return PREFIX + _encode(request)
-
-
-def writes(request: bytes) -> bool:
-    """Whether the request that these bytes are, without their prefix, changes the file."""
-    return isinstance(_requests.decode(request), GiveBack)
+    return PREFIX + msgspec.msgpack.encode(request)
 
 
 def decode_copying(answer: bytes) -> Copying:
@@ -356,7 +355,7 @@ def restore(profile: Profile, backup: Path) -> Path | None:
         TaskStore(connection).raise_broker_epoch(RESTORED_EPOCHS)
         database.commit(connection)
 
-    with ServiceLock(profile.lock("daemon")), _alone(profile):
+    with ServiceLock(profile.lock("daemon"), profile.path), _alone(profile):
         return database.put_back(backup, profile.database, prepare)
 
 
@@ -411,7 +410,7 @@ def _alone(profile: Profile) -> Iterator[None]:
 
 
 def _open(profile: Profile) -> sqlite3.Connection:
-    if not profile.database.exists():
+    if not database.was_made(profile.database):
         raise PersistenceError(f"there is no database {profile.database} yet; the first `prunus daemon start` makes it")
     return database.open_database(profile.database)
 
@@ -423,8 +422,8 @@ def raise_failure(copying: Copying) -> None:
         raise error if isinstance(error, PrunusError) else PersistenceError(str(error))
 
 
-def _encode(value: object) -> bytes:
-    return msgspec.msgpack.encode(value)
+def _answer(value: object, *, wrote: bool = False) -> Served:
+    return Served(answer=msgspec.msgpack.encode(value), wrote=wrote)
 
 
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -1,27 +1,34 @@
 """Processes as they change: a live picture on a terminal, a line a change anywhere else.
 
 Broadcasts only say that something changed; what is shown is always read from the store. Many changes within
-`GATHER_S` are read once, and at least every `REFRESH_S` somebody looks, so that a lost broadcast does no harm.
+`GATHER_S` are read once, and at least every `REFRESH_S` somebody looks, so that a lost broadcast does no harm. A
+picture shows how things are; lines tell also of the states that passed between two looks, from the histories.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from operator import itemgetter
+from typing import NamedTuple
 
 from rich.console import Console, Group, RenderableType
 from rich.constrain import Constrain
 from rich.live import Live
 from rich.text import Text
 
-from prunus.persistence.persister import QUERY_LIMIT, LogLine, Query, Record
+from prunus.persistence import requests
+from prunus.persistence.persister import QUERY_LIMIT, TERMINAL_STATES, Event, LogLine, Query, Record
+from prunus.processes import PlayState, ProcessState
 from prunus.runtime.controller import ProcessController
 from prunus.runtime.display import (
     MAX_CHILDREN_SHOWN,
     Family,
     Trouble,
+    can_redraw,
     choose_children,
     class_name,
     how_far,
@@ -34,7 +41,7 @@ from prunus.runtime.display import (
     still_to_begin,
     trouble,
 )
-from prunus.runtime.selection import pages_of
+from prunus.runtime.selection import ask_all, pages_of
 
 REFRESH_S = 2.0
 GATHER_S = 0.05
@@ -53,17 +60,24 @@ ROOM_FOR_CTRL_C = 3
 RECENT_S = 60.0
 """Without a pid: how long a process that has ended is still shown."""
 
+_STATES = frozenset(state.value for state in ProcessState)
+_CHANGE = re.compile(rf"({'|'.join([*_STATES, *PlayState])})\.(\w+)")
+"""The subject of an event that changes the state or the play state."""
 
-async def watch_family(controller: ProcessController, pid: str, console: Console) -> Record:
-    """Show a process and its children until it has ended, or was set aside; returns its last row."""
+
+async def watch_family(
+    controller: ProcessController, pid: str, console: Console, *, since_launch: bool = False
+) -> Record:
+    """Show a process and its children until it has ended, or was set aside; returns its last row. `since_launch`:
+    lines tell also what has happened already."""
     family, troubles = await read_family(controller, pid), list[Trouble]()
     utf8 = is_utf8(console)
-    with _shown(console, lambda: progress(family, time.time(), troubles, utf8=utf8)) as shown:
+    with _shown(controller, console, lambda: progress(family, time.time(), troubles, utf8=utf8), since_launch) as shown:
         async for _ in _looks(controller, shown.tell):
             family = await read_family(controller, pid)
             stuck = [] if family.record.is_terminal else [row for row in family.members() if is_stuck(row)]
             troubles = await read_troubles(controller, stuck[:MAX_TROUBLES])
-            shown.show(_noteworthy(family), troubles)
+            await shown.show(list(_noteworthy(family)), troubles)
             if has_stopped(family.record):
                 break
     return family.record
@@ -88,7 +102,7 @@ async def watch_all(controller: ProcessController, console: Console) -> None:
         more = f"... and {'more than ' if is_cut else ''}{hidden:,} more"
         return table if hidden <= 0 else Group(table, Text(more, "dim"))
 
-    with _shown(console, picture) as shown:
+    with _shown(controller, console, picture) as shown:
         async for _ in _looks(controller, shown.tell):
             oldest = time.time() - RECENT_S
             unfinished = await controller.find(Query(unfinished=True, limit=QUERY_LIMIT))
@@ -96,7 +110,7 @@ async def watch_all(controller: ProcessController, console: Console) -> None:
             recent = [row for row in await controller.find(Query(limit=50)) if row.updated_at > oldest]
             by_pid = {row.pid: row for row in (*unfinished, *recent)}
             records = sorted(by_pid.values(), key=lambda row: row.created_at, reverse=True)
-            shown.show([(row, "") for row in records], ())
+            await shown.show([_News(row) for row in records], ())
 
 
 async def read_family(controller: ProcessController, pid: str, *, complete: bool = False) -> Family:
@@ -224,21 +238,64 @@ def is_utf8(console: Console) -> bool:
     return console.encoding.startswith("utf")
 
 
-def _noteworthy(family: Family) -> Iterator[tuple[Record, str]]:
-    """The rows that lines are written about, each with what there is to say beside the row itself.
+class _News(NamedTuple):
+    """A row that may be news, for who reads lines."""
+
+    record: Record
+    extra: str = ""
+    """What there is to say beside the row."""
+    is_followed: bool = True
+    """Every change of it is told; else only how it is now."""
+
+
+def _noteworthy(family: Family) -> Iterator[_News]:
+    """The rows that lines are written about.
 
     Of many children only those that have failed or can't go on; their parent says how far they are, in tenths.
     """
     ended, total = how_far(family)
     if total <= MAX_CHILDREN_SHOWN:
-        yield family.record, ""
+        yield _News(family.record)
         for child in family.children:
             yield from _noteworthy(child)
         return
-    yield family.record, "" if family.record.is_terminal else f"{10 * ended // total * 10} % of {total} ended"
+    yield _News(family.record, "" if family.record.is_terminal else f"{10 * ended // total * 10} % of {total} ended")
     for row in family.own_children():
         if is_stuck(row) or row.state in ("excepted", "killed"):
-            yield row, ""
+            yield _News(row, is_followed=False)
+
+
+class Moment(NamedTuple):
+    """How a process was after one of its changes."""
+
+    at: float
+    seq: int
+    """The number of the event; 0: how it was launched."""
+    state: str
+    play: str
+    step: str | None
+    """The one that was next, or ran."""
+
+    def is_of(self, record: Record) -> bool:
+        return (self.state, self.play) == (record.state, record.play) and (
+            record.is_terminal or self.step == record.step
+        )
+
+
+def moments_of(record: Record, events: Sequence[Event]) -> list[Moment]:
+    """How the process of `record` was before the first of these events, and after each that changed its state or play
+    state."""
+    changes = [(event, found[1], found[2]) for event in events if (found := _CHANGE.fullmatch(event.subject))]
+    steps = [record.step]
+    for event, source, _ in reversed(changes):
+        steps.append((event.step if source in _STATES else None) or steps[-1])
+    state = next((source for _, source, _ in changes if source in _STATES), record.state)
+    play = next((source for _, source, _ in changes if source not in _STATES), record.play)
+    moments = [Moment(record.created_at, 0, state, play, steps.pop())]
+    for event, source, target in changes:
+        state, play = (target, play) if source in _STATES else (state, target)
+        moments.append(Moment(event.at, event.seq, state, play, steps.pop()))
+    return moments
 
 
 async def _looks(controller: ProcessController, tell: Callable[[str | None], None]) -> AsyncIterator[None]:
@@ -289,44 +346,90 @@ def _told_of_silence(tell: Callable[[str | None], None]) -> Iterator[None]:
 
 
 class _Shown:
-    """What is shown, and where: `show` is called after each look, `tell` with what keeps it from looking."""
+    """What is shown, and where: `show` is called after each look, `tell` with what keeps it from looking.
 
-    def __init__(self, console: Console) -> None:
+    Here it is lines, one for each change: those between two looks are read from the histories. What has happened
+    before the first look is told only if `since_launch`.
+    """
+
+    def __init__(self, controller: ProcessController, console: Console, since_launch: bool) -> None:
         self.silence: str | None = None
-        self._console = console
+        self._controller, self._console = controller, console
+        self._tells_past = since_launch
         self._said: dict[str, str] = {}
+        self._told: dict[str, tuple[float, int]] = {}
+        """When the row that was told last had changed, and the number of the last event that was told."""
         self._advised: dict[str, str] = {}
 
-    def show(self, rows: Iterable[tuple[Record, str]], troubles: Sequence[Trouble]) -> None:
-        """The rows that may be news (each with what there is to say beside the row), and those that do not go on."""
-        for row, extra in sorted(rows, key=lambda each: each[0].updated_at):
-            facts = [] if row.is_terminal else [row.play] * (row.play != "playing") + [row.step or ""]
-            line = "  ".join(filter(None, [class_name(row.class_id), row.state, *facts, extra, situation(row)]))
-            if self._said.get(row.pid) != line:
-                self._said[row.pid] = line
-                self._console.print(f"{time.strftime('%H:%M:%S')}  {short(row.pid)}  {line}")
+    async def show(self, news: Sequence[_News], troubles: Sequence[Trouble]) -> None:
+        """The rows that may be news, and those that do not go on."""
+        histories = await self._histories(news)
+        lines: list[tuple[float, str]] = []
+        for each in sorted(news, key=lambda each: each.record.updated_at):
+            lines += self._lines(each, histories.get(each.record.pid, ()))
+        for at, line in sorted(lines, key=itemgetter(0)):
+            self._print(f"{time.strftime('%H:%M:%S', time.localtime(at))}  {line}")
+        self._tells_past = True
         advice = {each.record.pid: each.advice for each in troubles}  # (the lines say why)
         for pid, text in advice.items():
             if self._advised.get(pid) != text:
-                self._console.print(f"-> {text}")
+                self._print(f"-> {text}")
         self._advised = advice
 
     def tell(self, silence: str | None) -> None:
         """Say, once, that the broker does not answer; None: it does."""
         if silence is not None and self.silence is None:
-            self._console.print(f"{time.strftime('%H:%M:%S')}  {silence}")
+            self._print(f"{time.strftime('%H:%M:%S')}  {silence}")
         self.silence = silence
+
+    async def _histories(self, news: Sequence[_News]) -> dict[str, Sequence[Event]]:
+        """What has happened to those that have changed since they were told of."""
+        asked = [
+            requests.HistoryRequest(row.pid, self._told.get(row.pid, (0.0, 0))[1])
+            for row, _, is_followed in news
+            if is_followed and self._told.get(row.pid, (None, 0))[0] != row.updated_at
+        ]
+        answers = await ask_all(self._controller.communicator, asked)
+        return {
+            request.pid: answer
+            for request, answer in zip(asked, answers, strict=True)
+            if not isinstance(answer, Exception)  # it is forgotten meanwhile
+        }
+
+    def _lines(self, news: _News, events: Sequence[Event]) -> Iterator[tuple[float, str]]:
+        """What is new of a row: when, and the line. Events that are newer than the row are left to the next look."""
+        row, last = news.record, self._told.get(news.record.pid, (0.0, 0))[1]
+        moments = moments_of(row, events)
+        present = next((number for number in reversed(range(len(moments))) if moments[number].is_of(row)), -1)
+        now = moments[present]
+        is_first = row.pid not in self._said
+        if not is_first or self._tells_past:
+            for moment in moments[:present] if is_first else moments[1:present]:
+                yield moment.at, self._line(row, moment)
+        line = self._line(row, now, news.extra, situation(row))
+        if self._said.get(row.pid) != line or now.seq > last:
+            self._said[row.pid] = line
+            yield now.at if now.seq > last else row.updated_at if is_first else time.time(), line
+        self._told[row.pid] = row.updated_at, max(now.seq, last)
+
+    def _line(self, row: Record, moment: Moment, *more: str) -> str:
+        name, play = class_name(row.class_id), "" if moment.play == "playing" else moment.play
+        facts = () if moment.state in TERMINAL_STATES else (play, moment.step)
+        return f"{short(row.pid)}  " + "  ".join(filter(None, [name, moment.state, *facts, *more]))
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True)
 
 
 class _ShownLive(_Shown):
     """The same as a picture that changes."""
 
-    def __init__(self, console: Console, picture: Callable[[], RenderableType]) -> None:
-        super().__init__(console)
+    def __init__(self, controller: ProcessController, console: Console, picture: Callable[[], RenderableType]) -> None:
+        super().__init__(controller, console, since_launch=False)
         self._picture = picture
         self.live = Live(get_renderable=self._complete, console=console, refresh_per_second=8)
 
-    def show(self, rows: Iterable[tuple[Record, str]], troubles: Sequence[Trouble]) -> None:
+    async def show(self, news: Sequence[_News], troubles: Sequence[Trouble]) -> None:
         self.live.refresh()
 
     def tell(self, silence: str | None) -> None:
@@ -340,12 +443,14 @@ class _ShownLive(_Shown):
 
 
 @contextlib.contextmanager
-def _shown(console: Console, picture: Callable[[], RenderableType]) -> Iterator[_Shown]:
-    if not console.is_terminal:
-        yield _Shown(console)
+def _shown(
+    controller: ProcessController, console: Console, picture: Callable[[], RenderableType], since_launch: bool = False
+) -> Iterator[_Shown]:
+    if not can_redraw(console.file):
+        yield _Shown(controller, console, since_launch)
         return
 
-    shown = _ShownLive(console, picture)
+    shown = _ShownLive(controller, console, picture)
     with shown.live:
         yield shown
         shown.live.vertical_overflow = "visible"

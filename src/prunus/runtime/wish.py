@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,11 @@ from pathlib import Path
 import msgspec
 
 from prunus.errors import DaemonError
-from prunus.files import write_whole
+from prunus.files import why_refused, write_whole
 from prunus.runtime.profile import Profile
 from prunus.runtime.roster import service_names
+
+log = logging.getLogger("prunus.supervisor")
 
 
 class Wish(msgspec.Struct, frozen=True):
@@ -54,13 +57,17 @@ def write_wish(profile: Profile, wish: Wish) -> None:
     try:
         write_whole(path, msgspec.json.encode(wish))
     except OSError as error:
-        raise DaemonError(f"{path} can't be written: {error.strerror}") from error
+        raise DaemonError(f"{path} can't be written: {why_refused(path, error)}") from error
 
 
 def change_wish(profile: Profile, change: Callable[[Wish], Wish]) -> Wish:
     """Write down what `change` makes of the wish, while nobody else changes it; returns the new one. A wish that can't
     be read counts as none."""
-    descriptor = os.open(profile.run_folder / "wish.flock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    path = profile.run_folder / "wish.flock"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DaemonError(f"{path} can't be opened: {why_refused(path, error)}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         wish = Wish()
@@ -74,8 +81,13 @@ def change_wish(profile: Profile, change: Callable[[Wish], Wish]) -> Wish:
 
 
 def forget_wish(profile: Profile) -> None:
-    """The next daemon starts as the configuration says."""
-    _path(profile).unlink(missing_ok=True)
+    """The next daemon starts as the configuration says. Who stops one does not fail for this: where the file can't be
+    removed, a warning in the log says so."""
+    path = _path(profile)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s can't be removed, so the next daemon goes on with it: %s", path, why_refused(path, error))
 
 
 def _path(profile: Profile) -> Path:

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prunus.errors import ConnectionLostError, MessagingError, ProfileError, PrunusError
+from prunus.errors import BusyError, ConnectionLostError, MessagingError, ProfileError, PrunusError
 from prunus.messaging.communicator import DEFAULT_QUEUE, Communicator, IncomingTask
 from prunus.processes import Process
 from prunus.runtime.backend import CONTROL_LANE, Backend, letter_subject
@@ -54,6 +54,8 @@ BROKER_PATIENCE_S = 60.0
 """How long a worker waits for its broker when it starts: services may be started in any order."""
 QUIET_S = 3.0
 """A wait that takes longer is said in the log."""
+BUSY_PAUSE_S = 2.0
+"""How soon a worker asks again whether a full broker has room."""
 THREAD_PREFIX = "prunus-step"
 THREADS_INTERVAL_S = 0.02
 LAST_THREADS_S = 1.0
@@ -190,7 +192,8 @@ class Worker:
                 await self._stop.wait()
         finally:
             self._launcher.stop()
-            logger.info("stopping: %s", _what_is_given_back(len(self._launcher.runners), self._grace_s))
+            grace_s = 0.0 if self._hurry.is_set() else self._grace_s
+            logger.info("stopping: %s", _what_is_given_back(len(self._launcher.runners), grace_s))
             # Said, but not waited for: there may be no broker now, and the steps' time runs.
             telling = [asyncio.create_task(lane.set_credit(0)) for lane in lanes]
             await self._drain()
@@ -242,7 +245,9 @@ class Worker:
             await asyncio.sleep(min(left_s, CLOCK_INTERVAL_S))
         now = self._clock()
         self._grace_s = walltime.grace_s(self._grace_s, now)
-        logger.info("this worker has to be gone in %.0f s: it takes no more processes", walltime.ends_at - now)
+        logger.info(
+            "this worker has to be gone in %.0f s: it takes no more processes", max(0.0, walltime.ends_at - now)
+        )
         self.stop("walltime")
 
     def _fits(self, process: Process) -> bool:
@@ -261,8 +266,9 @@ async def serve(
     """Be the worker `name` of a profile, or of the broker on a network that a key is for, until a signal, idleness or
     the end of its time. Returns why it ended, and how many processes are in each state (None: nobody says).
 
-    Raises `ConnectionLostError` if no broker answers within `patience_s`, `KeyRefusedError`, and `ProfileError` if the
-    profile is deleted meanwhile. The caller ends with `leave_threads`.
+    Raises `ConnectionLostError` if no broker answers within `patience_s`, what the broker refuses this worker with (say
+    `KeyRefusedError`, also if the key is revoked meanwhile), and `ProfileError` if the profile is deleted meanwhile.
+    The caller ends with `leave_threads`.
     """
     from prunus.messaging.keys import ClientKey
 
@@ -279,7 +285,9 @@ async def serve(
     for signum in signals:
         loop.add_signal_handler(signum, leave)
     try:
-        communicator = await _connect(place if isinstance(place, ClientKey) else place.endpoint, name, patience_s)
+        communicator = await wait_for_broker(
+            place if isinstance(place, ClientKey) else place.endpoint, name, patience_s
+        )
     except BaseException as error:
         for signum in signals:
             loop.remove_signal_handler(signum)
@@ -311,7 +319,10 @@ async def serve(
                     await beside.enter_async_context(_beside(_until_deleted(place.path, deleted, worker)))
                 if settings.idle_grace_s is not None:
                     await beside.enter_async_context(_beside(_end_when_idle(worker, communicator, settings)))
+                await beside.enter_async_context(_beside(_until_refused(communicator, worker)))
                 await worker.run()
+                if communicator.failure is not None:
+                    raise communicator.failure
                 if deleted.is_set():
                     raise ProfileError("the profile of this worker was deleted: there is nothing left to work for")
             return worker.ended, await _counts(communicator)
@@ -330,6 +341,12 @@ async def _end_when_idle(worker: Worker, communicator: Communicator, settings: S
     queues = (*settings.queues, CONTROL_LANE)
     await until_idle(communicator, queues, settings.idle_grace_s or 0.0, has_work=lambda: worker.in_hand > 0)
     worker.stop("idle")
+
+
+async def _until_refused(communicator: ThreadedCommunicator, worker: Worker) -> None:
+    """Stop the worker when the broker wants no more of it: its processes are those of others by then."""
+    await communicator.ended()
+    worker.hurry()
 
 
 async def _until_deleted(folder: Path, deleted: asyncio.Event, worker: Worker) -> None:
@@ -377,6 +394,8 @@ def _what_is_given_back(number: int, grace_s: float) -> str:
     """What a worker that stops still has to do."""
     if not number:
         return "no process is in hand"
+    if not grace_s:
+        return f"{'1 process in hand is' if number == 1 else f'{number} processes in hand are'} let go at once"
     which = "1 process is given back when its step ends" if number == 1 else f"{number} processes are given back as "
     which += "" if number == 1 else "their steps end"
     return f"{which}, within {grace_s:g} s; a second signal gives back at once"
@@ -387,16 +406,21 @@ def _say_failure(task: asyncio.Task[None]) -> None:
         logger.error("this worker goes on without %s", task.get_coro(), exc_info=error)
 
 
-async def _connect(place: str | ClientKey, name: str, patience_s: float) -> ThreadedCommunicator:
+async def wait_for_broker(place: str | ClientKey, name: str, patience_s: float) -> ThreadedCommunicator:
+    """As soon as there is a broker that has room. Raises what the last attempt raised."""
     from prunus.messaging.connecting import connect_to
 
-    try:
-        return await connect_to(place, name=name, timeout_s=min(QUIET_S, patience_s))
-    except ConnectionLostError as error:
-        if patience_s <= QUIET_S:
-            raise
-        logger.warning("%s; waiting for a broker, for up to %.0f s", error, patience_s)
-    return await connect_to(place, name=name, timeout_s=patience_s - QUIET_S)
+    end_s, timeout_s = time.monotonic() + patience_s, min(QUIET_S, patience_s)
+    while True:
+        try:
+            return await connect_to(place, name=name, timeout_s=timeout_s)
+        except (BusyError, ConnectionLostError) as error:
+            timeout_s = end_s - time.monotonic()
+            pause_s = BUSY_PAUSE_S if isinstance(error, BusyError) else 0.0
+            if timeout_s <= pause_s:
+                raise
+            logger.warning("%s; waiting for a broker, for up to %.0f s in all", error, patience_s)
+            await asyncio.sleep(pause_s)
 
 
 class _StepThreads(ThreadPoolExecutor):
@@ -447,9 +471,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         profile = Profile.load(options.profile)
         for folder in reversed(profile.import_folders):
             sys.path.insert(0, str(folder))
-        with ServiceLock(profile.lock(options.name)):
+        with ServiceLock(profile.lock(options.name)) as lock:
             settings = Settings.of(profile, max_block_s=options.max_block)
-            asyncio.run(serve(profile, options.name, settings, patience_s=options.patience))
+            asyncio.run(lock.kept(serve(profile, options.name, settings, patience_s=options.patience)))
     except PrunusError as error:
         logger.critical("%s", error)
         leave_threads(1)

@@ -8,7 +8,9 @@
             async with MyPersister() as persister:
                 yield persister
 
-The persister must be empty. Needs pytest and pytest-asyncio (``asyncio_mode = "auto"``).
+The persister must be empty. What a store takes and keeps at the most is said with `Persister`; of the errors a test
+wants the type and the name of what is wrong, and leaves the words to you. Needs pytest and pytest-asyncio
+(``asyncio_mode = "auto"``).
 """
 
 from __future__ import annotations
@@ -164,10 +166,10 @@ class PersisterContract:
         self, persister: Persister, changes: dict[str, Any]
     ) -> None:
         """With a sentence; nothing is stored, of a child neither."""
-        with pytest.raises(ValueError, match=r"characters|priority|needs"):
+        with pytest.raises(ValueError, match=r"queue|key|priority|resource|gpu"):
             await persister.create(new(**changes))
         claim = await self.started(persister, "parent")
-        with pytest.raises(ValueError, match=r"characters|priority|needs|key"):
+        with pytest.raises(ValueError, match=r"queue|key|priority|resource|gpu"):
             await persister.save(save_of(claim, children=(new(parent="parent", **changes),)))
         assert self.pids(await persister.query(Query())) == ["parent"]
 
@@ -345,9 +347,9 @@ class PersisterContract:
         ("changes", "problem"),
         [
             ({"keep_as": "run", "checkpoint": None}, "checkpoint"),
-            ({"state": "waiting", "waits": ((),)}, "no processes"),
-            ({"state": "waiting", "wake_at": float("nan")}, "no number"),
-            ({"state": "waiting", "names": ("a",), "listens": ("a", "b")}, "does not wait for: b"),
+            ({"state": "waiting", "waits": ((),)}, "wait"),
+            ({"state": "waiting", "wake_at": float("nan")}, "wake|nan|number"),
+            ({"state": "waiting", "names": ("a",), "listens": ("a", "b")}, r"\bb\b"),
         ],
     )
     async def test_what_can_not_be_meant_is_refused(
@@ -526,7 +528,7 @@ class PersisterContract:
         """A letter too many is refused by name; when one is dealt with there is room again."""
         claim = await self.started(persister)
         await asyncio.gather(*(persister.post("p", b"") for _ in range(MAX_LETTERS)))
-        with pytest.raises(BusyError, match=f"process p has {MAX_LETTERS} letters"):
+        with pytest.raises(BusyError, match=r"\bp\b"):
             await persister.post("p", b"")
         assert (await persister.load("p")).inbox_last == MAX_LETTERS
         await persister.save(save_of(claim, inbox_done=1))
@@ -633,7 +635,7 @@ class PersisterContract:
         """One too many is refused by name; when one is consumed there is room again."""
         claim = await self.started(persister)
         await asyncio.gather(*(persister.send("p", "a", b"", at=2.5) for _ in range(MAX_MAIL)))
-        with pytest.raises(BusyError, match=f"process p has {MAX_MAIL} messages"):
+        with pytest.raises(BusyError, match=r"\bp\b"):
             await persister.send("p", "b", b"", at=2.5)
         assert (await persister.load("p")).mail == MAX_MAIL
         await persister.save(save_of(claim, consumed=(5,)))
@@ -697,7 +699,7 @@ class PersisterContract:
     async def test_a_part_of_a_log_has_a_bound(self, persister: Persister, keywords: dict[str, int]) -> None:
         """No more than `LOG_LIMIT` lines at once, at least one, and from the beginning at the earliest."""
         await persister.create(new())
-        with pytest.raises(ValueError, match=f"1 to {LOG_LIMIT}"):
+        with pytest.raises(ValueError, match=rf"after|limit|last|{LOG_LIMIT}"):
             await persister.log("p", **keywords)
 
     async def test_the_newest_lines_of_a_log_are_kept(self, persister: Persister) -> None:
@@ -725,7 +727,7 @@ class PersisterContract:
         note = kept[FIRST_EVENTS]
         assert (note.subject, kept[FIRST_EVENTS + 1].seq) == ("thinned", note.seq + 1)
         assert note.note is not None
-        assert note.note.startswith(f"{note.seq - FIRST_EVENTS} events were left out")
+        assert str(note.seq - FIRST_EVENTS) in note.note
         assert note.seq - FIRST_EVENTS == total - len(kept) + 1
 
     async def test_a_checkpoint_can_be_kept_under_the_name_of_a_step(self, persister: Persister) -> None:
@@ -739,7 +741,7 @@ class PersisterContract:
         assert [(kept.seq, kept.step) for kept in past] == [(1, "scan"), (3, "scan")]
         assert all(isinstance(kept, Past) and kept.at > 0 for kept in past)
         assert [await persister.past_checkpoint("p", seq) for seq in (1, 3)] == [b"1", b"3"]
-        with pytest.raises(InvalidStateError, match="save 2"):
+        with pytest.raises(InvalidStateError, match=r"\b2\b"):
             await persister.past_checkpoint("p", 2)
 
     async def test_the_newest_steps_are_kept(self, persister: Persister) -> None:
@@ -817,7 +819,7 @@ class PersisterContract:
             save_of(claim, "waiting", children=(new("a"), new("b")), waits=(("a", "b"),), release=True)
         )
         await self.end(persister, "a")
-        with pytest.raises(InvalidStateError, match="p"):
+        with pytest.raises(InvalidStateError, match=r"\bp\b"):
             await persister.delete("a")
         await self.end(persister, "p", "killed")
         await persister.delete("a")
@@ -854,7 +856,7 @@ class PersisterContract:
     async def test_pruning_has_no_pages(self, persister: Persister) -> None:
         """The next ones come with the next time."""
         await self.ended(persister)
-        with pytest.raises(ValueError, match="pages"):
+        with pytest.raises(ValueError, match=r"pages|before"):
             await persister.prune(Query(before="p"))
 
     # --- finding ------------------------------------------------------------------------------------
@@ -1113,7 +1115,7 @@ class PersisterContract:
         await persister.send("p", "m", large, at=9.0)
         assert (await persister.export("p", first.next)).mail
         await persister.save(save_of(claim, consumed=(1,)))
-        with pytest.raises(BusyError, match="went on"):
+        with pytest.raises(BusyError, match=r"\bp\b"):
             await persister.export("p", first.next)
 
     async def test_all_that_arrives_is_there_or_none(self, persister: Persister) -> None:
@@ -1128,22 +1130,22 @@ class PersisterContract:
         stray = msgspec.structs.replace(waits[0], kept=msgspec.structs.replace(waits[0].kept, groups=(("nobody",),)))
         before = self.pids(await persister.query(Query()))
         wrong: list[tuple[list[Portion], str]] = [
-            ([*good, *await self.copy_of(persister, "here")], "here is here already"),
-            ([*good, *self.renamed(await self.copy_of(persister, "here"), "x", key="ours")], "and so has process here"),
-            ([*good, *good], "twice"),
-            ([*good, stray], "waits for nobody"),
-            ([*good, *self.renamed(good, "x", state="asleep")], "does not fit together"),
-            ([*good, *self.renamed(good, "x", result=None)], "does not fit together"),
-            ([*good, *self.renamed(waits, "x", play="pausing")], "does not fit together"),
+            ([*good, *await self.copy_of(persister, "here")], "here"),
+            ([*good, *self.renamed(await self.copy_of(persister, "here"), "x", key="ours")], "ours"),
+            ([*good, *good], "good"),
+            ([*good, stray], "nobody"),
+            ([*good, *self.renamed(good, "x", state="asleep")], "x"),
+            ([*good, *self.renamed(good, "x", result=None)], "x"),
+            ([*good, *self.renamed(waits, "x", play="pausing")], "x"),
             ([*good, *self.renamed(good, "x", priority=77)], "priority"),
-            ([*good, msgspec.structs.replace(other[0], kept=None)], "first portion is missing"),
+            ([*good, msgspec.structs.replace(other[0], kept=None)], "other"),
         ]
-        for portions, why in wrong:
-            with pytest.raises(ArchiveError, match=why):
+        for portions, named in wrong:
+            with pytest.raises(ArchiveError, match=rf"\b{named}\b"):
                 await self.adopted(persister, *portions)
             assert self.pids(await persister.query(Query())) == before
         await persister.stage("half", 1, other)
-        with pytest.raises(ArchiveError, match="1 of 2 parcels"):
+        with pytest.raises(ArchiveError, match=r"\b2\b"):
             await persister.adopt("half", 2, "far")
         assert await self.adopted(persister, *good) == Adopted(pids=("good",))
         assert await self.adopted(persister, *other, *good, skip_existing=True) == Adopted(

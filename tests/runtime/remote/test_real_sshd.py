@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from prunus.runtime.remote.ssh import SSHTransport, connect_ssh
-from prunus.testing.transport_contract import TransportContract
+from prunus.testing import TransportContract
 
 SSHD = os.environ.get("PRUNUS_SSHD") or shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 TRIES, PAUSE_S = 100, 0.05

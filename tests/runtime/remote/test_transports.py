@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from prunus.errors import EndpointUnavailableError, TransportLostError
+from prunus.errors import EndpointUnavailableError, TransportError, TransportLostError
 from prunus.runtime.remote.local import LocalTransport
 from prunus.runtime.remote.ssh import SSHTransport, connect_ssh
-from prunus.runtime.remote.transport import Transport
-from prunus.testing.ssh_server import SSHServer
-from prunus.testing.transport_contract import TransportContract, gone, there
+from prunus.runtime.remote.transport import MAX_OUTPUT_BYTES, Transport
+from prunus.testing import SSHServer, TransportContract
+from prunus.testing.transport_contract import gone, there
 
 BUSY_S = 0.02
 """How long a loop is busy with something else; a command is ahead of it meanwhile."""
@@ -40,6 +40,11 @@ class TestLocal(TransportContract):
     ) -> None:
         """Also before the loop knows that it runs: with what it has started by then, and at once."""
         await cancel_starts(transport, home, range(12))
+
+    async def test_who_says_too_much_is_told_what_to_do(self, transport: LocalTransport) -> None:
+        """The contract only wants it to be refused; these are our words."""
+        with pytest.raises(TransportError, match="have it write to a file and `get` that"):
+            await transport.run(f"head -c {MAX_OUTPUT_BYTES + 1} /dev/zero")
 
 
 async def cancel_starts(transport: Transport, home: Path, turns_of_the_loop: Iterable[int]) -> None:

@@ -6,6 +6,9 @@ failing (that one alone, or all from there on), until it ends without having met
 - it has ended by itself, or with an error of ours that says what happened (`PrunusError`), and with nothing else;
 - a broker that starts on what is there finds all that was confirmed (`script.judge`), and goes on from there.
 
+There is no chance in the failures, since each call has its turn, and a complaint names the call. The seed decides the
+script.
+
 As a program, with the shim: ``io_errors FOLDER SEED STEPS SWEEP...`` prints a `Batch`.
 """
 

@@ -12,6 +12,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from prunus.messaging.messages import MAX_FRAME_BYTES
 from tests.messaging.raw import framed
@@ -96,14 +97,27 @@ class Attacker:
         return [framed(self._frames.valid()), head(announced) + bytes(size)]
 
 
-def main(arguments: Sequence[str]) -> None:
-    """``attacker SOCKET SEED FRAMES``: says so many frames, and then prints how many these were."""
-    path, seed, count = arguments
-    attacker = Attacker(Path(path), int(seed))
-    while attacker.said < int(count):
+class Hostile(Protocol):
+    """Whoever attacks a broker, at whatever door."""
+
+    said: int
+
+    def attack(self) -> None: ...
+    def close(self) -> None: ...
+
+
+def say_all(attacker: Hostile, count: int) -> None:
+    """Say so many frames, and then print how many these were."""
+    while attacker.said < count:
         attacker.attack()
     attacker.close()
     print(attacker.said, flush=True)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``attacker SOCKET SEED FRAMES``: see `say_all`."""
+    path, seed, count = arguments
+    say_all(Attacker(Path(path), int(seed)), int(count))
 
 
 def deaf(arguments: Sequence[str]) -> None:

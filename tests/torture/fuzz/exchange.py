@@ -2,7 +2,7 @@
 
 Frames that can't be read are given to it in batches, on connections of known sessions; before and after, all that its
 core remembers and all that is in its tables is compared. Frames that can be read, sensible or not, may do what they
-say; but those that are answered with a `Violation` may not.
+say; but those that are answered with a `Violation`, or with `Unwelcome`, may not.
 
 As a program: ``exchange SEED SIZE`` limits its own memory and prints a `Batch`.
 """
@@ -21,7 +21,7 @@ import msgspec
 
 from prunus.errors import ProtocolError
 from prunus.messaging.exchange import MAX_PROTOCOL_ERRORS, Exchange
-from prunus.messaging.messages import Hello, Peer, Violation, decode_from_broker, decode_from_client, encode
+from prunus.messaging.messages import Hello, Peer, Unwelcome, Violation, decode_from_broker, decode_from_client, encode
 from tests.torture.batch import Batch
 from tests.torture.fuzz.codec import MAX_GROWTH_BYTES, in_a_program, limit_memory, memory_bytes
 from tests.torture.fuzz.frames import Frames
@@ -109,7 +109,7 @@ class _One:
     def _watch(self, route: str, frame: bytes) -> list[str]:
         before = digest(self._exchange, self._connection)
         answers = [decode_from_broker(answer) for _, answer in self._exchange.process(self._now, [(route, frame)])]
-        if not any(isinstance(answer, Violation) for answer in answers):
+        if not any(isinstance(answer, Violation | Unwelcome) for answer in answers):
             return []
         self._counts["violations by messages"] += 1
         if digest(self._exchange, self._connection) != before:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from prunus.messaging import connect_sync
 from prunus.persistence.database import find_damage
 from prunus.runtime.profile import Config, Profile
 from tests.torture.batch import Batch
@@ -151,6 +152,8 @@ class TaskRig:
         for name in CLIENTS:
             self._end(name)
         self._wait("all is settled", self._all_settled, DRAIN_S)
+        with connect_sync(self._profile.endpoint) as peer:  # what was sent and never confirmed has to end as well
+            self._wait("nothing is left", lambda: not peer.tasks(limit=1), DRAIN_S)
         for name in (*WORKERS, BROKER):
             os.kill(self._pids[name], signal.SIGTERM)
             self._end(name)

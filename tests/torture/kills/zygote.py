@@ -82,7 +82,7 @@ class Zygote:
 def roles() -> dict[str, Callable[[Sequence[str]], None]]:
     """What a process can be. Imported here, once for all of them."""
     from prunus.runtime import broker, worker
-    from tests.torture.fuzz import attacker
+    from tests.torture.fuzz import attacker, network
     from tests.torture.kills import peers
 
     return {
@@ -92,6 +92,8 @@ def roles() -> dict[str, Callable[[Sequence[str]], None]]:
         "client": peers.client,
         "attacker": attacker.main,
         "deaf": attacker.deaf,
+        "network attacker": network.main,
+        "network deaf": network.deaf,
     }
 
 

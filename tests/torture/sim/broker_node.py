@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from prunus.messaging.exchange import BrokerStoppedError, Exchange, Service
 from prunus.messaging.messages import Peer
+from tests.torture.sim import check
 from tests.torture.sim.disk import Disk
 from tests.torture.sim.network import Network
 from tests.torture.sim.timeline import Clock, Node, Timeline
@@ -151,6 +152,8 @@ class BrokerNode(Node):
             return
         try:
             sends = work(exchange, self.clock.boottime(self.timeline.now))
+            if sends and (complaint := check.release(self.disk)) is not None:
+                self._complain(complaint)
             cut = self._chance.randrange(len(sends)) if self.armed == "after_send" and sends else len(sends)
             for route, frame in sends[:cut]:
                 self.network.tell(route, frame)

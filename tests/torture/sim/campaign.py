@@ -18,14 +18,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
+from tests.torture import kept
 from tests.torture.sim import messaging, processes
 from tests.torture.sim.messaging import Outcome, Settings
 from tests.torture.sim.nemesis import FAULTS
 
 WORLDS: dict[str, Callable[[int, Settings], Outcome]] = {"messaging": messaging.run, "processes": processes.run}
-SEEDS_FILE = Path(__file__).with_name("seeds.txt")
+EVERY_FAULT = "all"
+"""Instead of the faults that a kept seed needs."""
 CHUNK = 50
 PROGRESS_S = 5.0
 MAX_SHOWN = 20
@@ -55,20 +56,11 @@ class Tally:
 
 def found_before(world: str) -> list[tuple[int, Settings]]:
     """The seeds of a world that have found something once, and the faults with which they did."""
-    lines = [line.split(maxsplit=3) for line in SEEDS_FILE.read_text().splitlines() if not line.startswith("#")]
     found = []
-    for name, seed, faults, _ in lines:
-        only = frozenset(FAULTS if faults == "all" else faults.split(","))
-        if name == world:
-            found.append((int(seed), Settings(without=frozenset(FAULTS) - only)))
+    for one in kept.kept(world):
+        only = frozenset(FAULTS if one.how == EVERY_FAULT else one.how.split(","))
+        found.append((one.seed, Settings(without=frozenset(FAULTS) - only)))
     return found
-
-
-def keep(world: str, seed: int, complaint: str) -> None:
-    """From now on it runs first."""
-    if all(seed != known for known, _ in found_before(world)):
-        with SEEDS_FILE.open("a") as file:
-            file.write(f"{world} {seed} all {' '.join(complaint.split())}\n")
 
 
 def run_found(world: str) -> Tally:
@@ -119,8 +111,8 @@ def _campaign(world: str, first: int, number: int, jobs: int) -> int:
     for part in _in_parallel(chunks, jobs):
         tally.add(part)
         for seed, complaints in part.failures.items():
-            keep(world, seed, complaints[0])
-            print(f"seed {seed} (kept in {SEEDS_FILE.name}): {'; '.join(complaints[:3])}", flush=True)
+            kept.keep(world, seed, EVERY_FAULT, complaints[0])
+            print(f"seed {seed} (kept in {kept.FILE.name}): {'; '.join(complaints[:3])}", flush=True)
         if time.monotonic() - said > PROGRESS_S or tally.runs >= len(seeds):
             said = time.monotonic()
             rate = tally.runs / (said - begun)

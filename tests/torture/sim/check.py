@@ -1,7 +1,8 @@
 """What must hold, whatever happened: the invariants I1-I15 and the bounds L1-L5 of the reliability reference.
 
-`Auditor` looks at the broker's tables after commits, `delivery` at each task as it comes, `after_heal` when everything
-should work again, and `at_the_end` at the whole history. Each complaint names the invariant.
+`release` looks at the disk when the broker speaks, `Auditor` at its tables after commits, `delivery` at each task as it
+comes, `death` at what a dead worker held, `after_heal` at everybody when all should work again, and `at_the_end` at the
+whole history. Each complaint names the invariant. (Where each is checked, here and elsewhere: docs/how-we-test.md.)
 """
 
 from __future__ import annotations
@@ -12,22 +13,28 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from prunus.messaging.exchange import Exchange
-from prunus.messaging.messages import TaskDelivery
+from prunus.messaging.messages import LEASE_S, TaskDelivery
 from tests.torture.sim.disk import Disk
 from tests.torture.sim.history import Delivered, History, Sent
 from tests.torture.sim.nemesis import Fault
 
 if TYPE_CHECKING:
     from tests.torture.sim.messaging import World
+    from tests.torture.sim.peers import SimPeer
 
 DEADLINE_SLACK_S = 1.0
 """How much later than its deadline a question may end."""
 LONG_SILENCES: frozenset[Fault] = frozenset(("pause_peer", "pause_broker", "partition", "sleep"))
 """Faults that end sessions of peers that live."""
 CLOCK_SLACK_S = 0.01
+LET_GO_S = 1.0
+"""What a dead worker held is let go so soon after the proof, or after the end of its lease."""
+NOTICE_S = 0.1
+"""How long that proof, or a batch, takes at most."""
 HELD_KEYS = """
     SELECT key, count(*) FROM broker_task WHERE holder IS NOT NULL AND key IS NOT NULL AND outcome IS NULL
     GROUP BY key HAVING count(*) > 1"""
+HELD_BY = "SELECT id FROM broker_task WHERE holder = ? AND outcome IS NULL AND NOT dead"
 HELD = "SELECT id, queue, holder, epoch, resources FROM broker_task WHERE holder IS NOT NULL"
 LEFT = "SELECT id, queue, key, holder, attempt, outcome FROM broker_task WHERE NOT dead"
 DEAD = "SELECT id, reason, attempt, max_attempts, expires_at FROM broker_task WHERE dead"
@@ -45,6 +52,13 @@ class Dead(NamedTuple):
     attempt: int
     max_attempts: int
     expires_at: float
+
+
+def release(disk: Disk) -> str | None:
+    """The broker is about to speak: what it says must follow from commits that succeeded (I7)."""
+    if disk.connection.in_transaction:
+        return "I7: the broker speaks before it has committed"
+    return "I7: the broker speaks after a commit that failed" if disk.has_refused else None
 
 
 class Auditor:
@@ -112,6 +126,28 @@ def delivery(world: World, sent: Sent, record: Delivered, message: TaskDelivery)
     wall = world.broker.clock.wall(world.timeline.now)
     if sent.not_before > wall + CLOCK_SLACK_S and sent.task not in world.history.edited:
         world.complain(f"{sent.task} is delivered {sent.not_before - wall:.3f} s before its time")
+
+
+def death(world: World, peer: SimPeer) -> None:
+    """A worker has just died. L2: soon nothing is held by it any more, so that others can have it.
+
+    Only where one broker lives and is awake all the while: a new one gives everybody a new lease, and so does one that
+    stood still.
+    """
+    broker, died_at = world.broker, world.timeline.now
+    starts = len(broker.epochs)
+    last_words = [one.up_at for one in world.network.connections.values() if one.endpoint is peer]
+    patience_s = LET_GO_S + (LEASE_S if "no_proof" in world.profile else 0.0)
+
+    def look() -> None:
+        was_there = broker.exchange is not None and len(broker.epochs) == starts
+        if not was_there or broker.paused_until > died_at:
+            return
+        world.count("deaths of workers looked at")
+        if held := world.disk.connection.execute(HELD_BY, (peer.session,)).fetchall():
+            world.complain(f"L2: {peer.session} is dead since {died_at:.4f}, and still holds {held}")
+
+    world.timeline.at(max(died_at, *last_words) + patience_s / broker.clock.rate + NOTICE_S, None, look)
 
 
 def after_heal(world: World) -> None:
@@ -259,3 +295,21 @@ def _broadcasts(world: World) -> None:
             continue  # what it said again may be heard again, and in another order
         if any(after <= before for before, after in pairwise(numbers)):
             world.complain(f"I10: {listener} heard {sender} in this order: {numbers}")
+    for peer in world.peers.values():
+        if peer.session in history.listening and peer.session not in history.resenders and not peer.leaving:
+            _holes(world, peer)
+
+
+def _holes(world: World, peer: SimPeer) -> None:
+    """Who was connected all the while has heard what was for him, or was told how many he missed."""
+    history = world.history
+    mine = [said for said in history.said.values() if peer.wants(said.session.rpartition(".")[0], said.subject)]
+    holes = [said for said in mine if said.number not in history.heard.get((peer.session, said.session), ())]
+    since = history.listening[peer.session]
+    least = sum(said.ending == "ok" and said.invoked >= since for said in holes)
+    # What is said again after a reconnection may be missed twice, or heard and missed.
+    most = float("inf") if any(said.session in history.resenders for said in mine) else len(holes)
+    world.count("listeners whose holes were counted")
+    told = history.missed[peer.session]
+    if not least <= told <= most:
+        world.complain(f"I10: {peer.session} did not hear {least} to {most} broadcasts, and is told of {told}")

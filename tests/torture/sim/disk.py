@@ -23,6 +23,8 @@ class Disk:
         self.failure_rate = 0.0
         """With which probability a commit fails."""
         self.failed = self.undone = 0
+        self.has_refused = False
+        """A commit failed, and the program that was told so goes on."""
         self.connection = self._open()
         self.connection.execute("PRAGMA user_version = 1")  # an empty database has no image
         self._image = b"" if synced else self.connection.serialize()
@@ -31,6 +33,7 @@ class Disk:
         """The program that used it is gone."""
         if self.connection.in_transaction:
             self.connection.execute("ROLLBACK")
+        self.has_refused = False
         if not self._synced:
             self.undone += 1
             self.connection.close()
@@ -48,6 +51,7 @@ class Disk:
     def fails(self) -> bool:
         failing = self.failure_rate > 0 and self._chance.random() < self.failure_rate
         self.failed += failing
+        self.has_refused |= failing
         return failing
 
     def is_there_all_the_same(self) -> bool:

@@ -85,6 +85,7 @@ class Said:
 
     session: str
     number: int
+    subject: str | None
     invoked: float
     ending: Ending = "open"
     ended: float = 0.0
@@ -115,6 +116,10 @@ class History:
         self.said: dict[tuple[str, int], Said] = {}
         self.heard: dict[tuple[str, str], list[int]] = {}
         """By listener and sender."""
+        self.listening: dict[str, float] = {}
+        """Since when a session certainly hears what is for it."""
+        self.missed: Counter[str] = Counter()
+        """How many broadcasts a session was told that it missed."""
         self.resenders: set[str] = set()
         """Sessions that were connected more than once: they may have said something again."""
         self.edited: dict[str, set[str]] = {}

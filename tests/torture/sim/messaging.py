@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from unittest import mock
 
 from prunus.messaging.exchange import Exchange
-from prunus.messaging.messages import Hello, HelloNeeded, Peer, TaskDelivery, Violation, decode_from_broker, encode
+from prunus.messaging.messages import (
+    Hello,
+    HelloNeeded,
+    Peer,
+    TaskDelivery,
+    Unwelcome,
+    Violation,
+    decode_from_broker,
+    encode,
+)
 from tests.torture.sim import check, ledger
 from tests.torture.sim.broker_node import BrokerNode
 from tests.torture.sim.disk import Disk
@@ -121,13 +130,13 @@ class World(Faults):
         history = self.history
         same = history.delivered.setdefault((record.task, record.epoch), [])
         if same:
-            self.complain(f"{record.task} came to {record.session} and {same[0].session} under one epoch")
+            self.complain(f"I3: {record.task} came to {record.session} and {same[0].session} under one epoch")
         same.append(record)
         last = history.last_delivery.get(record.task)
         if last is None or last.epoch < record.epoch:
             history.last_delivery[record.task] = record
         if (end := history.acked.get(record.task)) is not None and end.epoch < record.epoch:
-            self.complain(f"{record.task} is delivered after its acknowledged end (attempt {record.attempt})")
+            self.complain(f"I8: {record.task} is delivered after its acknowledged end (attempt {record.attempt})")
         self.count("tasks delivered")
         if record.attempt > 1:
             self.count("redeliveries")
@@ -138,7 +147,7 @@ class World(Faults):
     def acked(self, record: Delivered) -> None:
         """The broker accepted the end of a task."""
         if (other := self.history.acked.get(record.task)) is not None:
-            self.complain(f"{record.task} ended twice, under {other.epoch} and {record.epoch}")
+            self.complain(f"I5: {record.task} ended twice, under {other.epoch} and {record.epoch}")
         record.ending = "acked"
         self.history.acked[record.task] = record
         self.count("tasks done")
@@ -193,13 +202,13 @@ class World(Faults):
         check.after_heal(self)
         timeline.run(heal_at + DRAIN_S, self._is_quiet)
         if not self._is_quiet():
-            self.complain(f"not quiet {DRAIN_S:g} s after the last fault: {self.describe()}")
+            self.complain(f"L1: not quiet {DRAIN_S:g} s after the last fault: {self.describe()}")
         else:
             self.history.counts["seconds to drain"] += round(timeline.now - heal_at)
             delivered = self.history.counts["tasks delivered"]
             timeline.run(timeline.now + QUIET_S)
             if self.history.counts["tasks delivered"] != delivered or not self._is_quiet():
-                self.complain(f"it was quiet, and then not: {self.describe()}")
+                self.complain(f"L5: it was quiet, and then not: {self.describe()}")
         check.at_the_end(self)
 
     def _deed(self, name: str) -> None:
@@ -274,6 +283,7 @@ class World(Faults):
         peer.die()
         if "no_proof" not in self.profile:
             self.broker.died(peer.session)
+        check.death(self, peer)
         self.timeline.at(self.timeline.now + self.chance.uniform(0.0, 2.0), None, self._bear, peer.name)
         del self.peers[peer.name]
         if not self.peers:
@@ -350,7 +360,7 @@ class _Stranger:
     def received(self, connection: Connection, frame: bytes) -> None:
         if any(victim.leaving for victim in self.victims):
             return  # a name that was given up is free
-        if not isinstance(decode_from_broker(frame), Violation | HelloNeeded):
+        if not isinstance(decode_from_broker(frame), Violation | Unwelcome | HelloNeeded):
             self.world.complain(f"I14: a stranger is told {decode_from_broker(frame)}")
 
     def broken(self, connection: Connection) -> None:

@@ -35,6 +35,8 @@ class Mutant:
     world: str = "messaging"
     without: frozenset[str] = frozenset()
     """Faults that would only hide it."""
+    breaks: str = ""
+    """The invariant of which the complaints must speak; none: any."""
 
     @contextmanager
     def planted(self) -> Iterator[None]:
@@ -55,6 +57,11 @@ class Mutant:
         """One run with this bug."""
         with self.planted():
             return self.run_without(seed)
+
+    def is_found(self, seed: int) -> bool:
+        """Whether this seed shows it, as what it is."""
+        complaints = self.run(seed).complaints
+        return any(f"{self.breaks}: " in complaint for complaint in complaints) if self.breaks else bool(complaints)
 
     def run_without(self, seed: int) -> Outcome:
         """The same run of the code as it is."""
@@ -90,8 +97,9 @@ def _mutant(
     seed: int,
     world: str = "messaging",
     without: frozenset[str] = frozenset(),
+    breaks: str = "",
 ) -> Mutant:
-    return Mutant(name, where, edits, seed, world, without)
+    return Mutant(name, where, edits, seed, world, without, breaks)
 
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -101,7 +109,8 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{_EXCHANGE}._behind_the_barrier",
         ('self._connection.execute("COMMIT")\n', "pass\n"),
         ("work()\n", 'self._connection.in_transaction and self._connection.execute("COMMIT")\n        work()\n'),
-        seed=1,
+        seed=0,
+        breaks="I7",
     ),
     _mutant(
         "continue after a failed commit",
@@ -111,6 +120,7 @@ MUTANTS: tuple[Mutant, ...] = (
             'self._connection.in_transaction and self._connection.execute("ROLLBACK")\n',
         ),
         seed=35,
+        breaks="I7",
     ),
     _mutant("epoch reset at restart", f"{_STORE}.next_broker_epoch", ("return int(epoch)", "return 1"), seed=0),
     _mutant(
@@ -194,7 +204,20 @@ MUTANTS: tuple[Mutant, ...] = (
         ("client.undone[request] = None\n", "pass\n"),
         seed=50,
     ),
-    _mutant("a lease never ends", f"{_BROKER}.tick", ("if now - known.last_heard > self._lease_s", "if False"), seed=3),
+    _mutant(
+        "a lease never ends",
+        f"{_BROKER}.tick",
+        ("if now - known.last_heard > self._lease_s", "if False"),
+        seed=3,
+        breaks="L2",
+    ),
+    _mutant(
+        "the proof that a worker died is not believed",
+        f"{_BROKER}.expired",
+        ("if session in self._sessions:", "if False:"),
+        seed=24,
+        breaks="L2",
+    ),
     _mutant(
         "a busy broker does not look at its clock",
         f"{_BROKER}.due",
@@ -212,6 +235,21 @@ MUTANTS: tuple[Mutant, ...] = (
         f"{_EXCHANGE}._fire",
         ("self._put(self._service.tick())", "self._service.tick()"),
         seed=0,
+    ),
+    # --- broadcasts ---
+    _mutant(
+        "a slow listener is told of one hole for many",
+        f"{_BROKER}._broadcast",
+        ("self._missed[session] = self._missed.get(session, 0) + 1", "self._missed[session] = 1"),
+        seed=148,
+        breaks="I10",
+    ),
+    _mutant(
+        "a slow listener is told of no hole",
+        f"{_BROKER}._say_missed",
+        ("self._send(session, Missed(count=self._missed.pop(session)))", "self._missed.pop(session)"),
+        seed=148,
+        breaks="I10",
     ),
     # --- tasks ---
     _mutant(
@@ -275,7 +313,7 @@ MUTANTS: tuple[Mutant, ...] = (
 
 def print_table(number: int, names: Sequence[str] = ()) -> int:
     """For each mutant the first seed that finds it, and which part of all seeds do. 1 if one is not found."""
-    print(f"{'mutant':50} {'world':10} {'first seed':>10} {'found in':>9} {'seeds':>6} {'s':>6}")
+    print(f"{'mutant':60} {'world':10} {'breaks':6} {'first seed':>10} {'found in':>9} {'seeds':>6} {'s':>6}")
     missed = 0
     for mutant in MUTANTS:
         if names and mutant.name not in names:
@@ -284,12 +322,13 @@ def print_table(number: int, names: Sequence[str] = ()) -> int:
         found: list[int] = []
         seeds = [mutant.seed, *range(number)] if mutant.world == "messaging" else [mutant.seed, *range(number // 4)]
         for seed in seeds:
-            if mutant.run(seed).complaints:
+            if mutant.is_found(seed):
                 found.append(seed)
         missed += not found
         first = min(found[1:] or found) if found else None
         print(
-            f"{mutant.name:50} {mutant.world:10} {first if found else 'NEVER':>10} {len(found) / len(seeds):>9.1%} "
+            f"{mutant.name:60} {mutant.world:10} {mutant.breaks:6} {first if found else 'NEVER':>10} "
+            f"{len(found) / len(seeds):>9.1%} "
             f"{len(seeds):>6} {time.monotonic() - begun:>6.1f}",
             flush=True,
         )

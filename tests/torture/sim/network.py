@@ -18,7 +18,14 @@ from collections.abc import Callable
 from typing import Protocol
 
 from prunus.errors import ProtocolError
-from prunus.messaging.messages import BroadcastDelivery, BroadcastSend, Hello, decode_from_broker, decode_from_client
+from prunus.messaging.messages import (
+    BroadcastDelivery,
+    BroadcastSend,
+    Hello,
+    Missed,
+    decode_from_broker,
+    decode_from_client,
+)
 from tests.torture.sim.nemesis import Profile
 from tests.torture.sim.timeline import Node, Timeline
 
@@ -125,6 +132,7 @@ class Network:
     def broker_down(self) -> None:
         self.receive = None
         for connection in list(self.connections.values()):
+            connection.generation += 1  # what was on its way to this broker does not reach the next one
             self.reset(connection)
 
     def broker_up(self, receive: Callable[[int, bytes], None]) -> None:
@@ -182,7 +190,7 @@ class Network:
             message = decode_from_client(frame) if from_client else decode_from_broker(frame)
         except ProtocolError:
             return 1
-        if isinstance(message, Hello | BroadcastSend | BroadcastDelivery):
+        if isinstance(message, Hello | BroadcastSend | BroadcastDelivery | Missed):
             return 1  # (no socket repeats anything; of all but these the protocol says that it would be harmless)
         self.counts["duplicated"] += 1
         return 2

@@ -12,11 +12,13 @@ from prunus.messaging.client import (
     Answer,
     Answered,
     ClientCore,
+    Ended,
     Event,
     Failed,
     NameTaken,
     Reconnect,
     TaskLost,
+    TurnedAway,
     Up,
 )
 from prunus.messaging.inventory import QueueLimits
@@ -116,7 +118,7 @@ class SimPeer(Node):
             self.ask(lambda id: ResourceConfigure(id=id, resource=RESOURCE, capacity=RESOURCE_CAPACITY))
             self.ask(lambda id: QueueConfigure(id=id, queue=LIMITED_QUEUE, limits=limits))
         sender, subject = self._pattern
-        self.ask(lambda id: BroadcastSubscribe(id=id, subscription=1, sender=sender, subject=subject))
+        self.ask(lambda id: BroadcastSubscribe(id=id, subscription=1, sender=sender, subject=subject), self._listens)
 
     @property
     def node(self) -> Node:
@@ -257,10 +259,13 @@ class SimPeer(Node):
                 case Reconnect():
                     self.world.count("silences")
                     self._reconnect()
+                case TurnedAway() | Ended():
+                    self.world.complain(f"{self.session} is refused: {event.error}")
                 case Violation():
                     self.world.complain(f"{self.session} is told of a violation: {event.reason}")
                 case Missed():
                     self.world.count("missed broadcasts told")
+                    self.world.history.missed[self.session] += event.count
 
     # --- sending ---
 
@@ -356,7 +361,7 @@ class SimPeer(Node):
         def ended(answer: Answer | PrunusError) -> None:
             asked.ended = world.timeline.now
             if asked.ending != "open":
-                world.complain(f"{self.session} got two answers to {body}")
+                world.complain(f"I9: {self.session} got two answers to {body}")
             if isinstance(answer, RpcDone):
                 asked.ending = "ok"
                 asked.answer = _text(answer.outcome)
@@ -372,8 +377,8 @@ class SimPeer(Node):
         world = self.world
         self._broadcasts += 1
         number = self._broadcasts
-        said = world.history.said[self.session, number] = Said(self.session, number, world.timeline.now)
         subject = self.chance.choice(("s.1", "s.1.x", "t.1", None))
+        said = world.history.said[self.session, number] = Said(self.session, number, subject, world.timeline.now)
 
         def ended(answer: Answer | PrunusError) -> None:
             said.ended = world.timeline.now
@@ -465,7 +470,7 @@ class SimPeer(Node):
         if not matcher(delivery.pattern)(delivery.subject):
             world.complain(f"{self.session} gets {delivery.task} about {delivery.subject} for {delivery.pattern}")
         if mine >= limit and not self.leaving:
-            world.complain(f"{self.session} holds {mine + 1} tasks of {place}, and gave credit for {limit}")
+            world.complain(f"I13: {self.session} holds {mine + 1} tasks of {place}, and gave credit for {limit}")
         job = self._jobs[delivery.task] = Job(delivery, record)
         work_s = self.chance.choice((0.0, 0.05, 0.3, 0.3, 1.0, 1.0, 4.0, 18.0 if not world.network.calm else 0.1))
         self.later(work_s * self.chance.random(), self._fenced if delivery.queue == ledger.QUEUE else self._worked, job)
@@ -619,9 +624,16 @@ class SimPeer(Node):
             lambda: self.core.answer(question.caller, question.id, f"answer {body} {self.session}".encode()),
         )
 
+    def _listens(self, answer: Answer | PrunusError) -> None:
+        if isinstance(answer, Done):
+            self.world.history.listening[self.session] = self.world.timeline.now
+
+    def wants(self, sender: str | None, subject: str | None) -> bool:
+        """Whether it listens to this."""
+        return all(matcher(pattern)(text) for pattern, text in zip(self._pattern, (sender, subject), strict=True))
+
     def _broadcast_came(self, message: BroadcastDelivery) -> None:
-        sender, subject = self._pattern
-        if not (matcher(sender)(message.sender) and matcher(subject)(message.subject)):
+        if not self.wants(message.sender, message.subject):
             self.world.complain(
                 f"{self.session} hears {message.sender} {message.subject}, and listens to {self._pattern}"
             )

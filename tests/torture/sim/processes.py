@@ -34,6 +34,7 @@ from prunus.persistence.checkpoint import decode_data
 from prunus.persistence.persister import TERMINAL_STATES, Query
 from prunus.persistence.sqlite import ProcessStore, open_database
 from prunus.processes import pids
+from prunus.processes.states import STATE_TABLE
 from prunus.runtime.backend import ProcessService
 from prunus.runtime.controller import ProcessController
 from prunus.runtime.worker import Worker
@@ -66,6 +67,7 @@ MAY_ANSWER = (
     TimeoutError,
 )
 """Errors that a call may end with in a world where everything fails."""
+EDGES = frozenset((source.value, target.value) for (source, _), targets in STATE_TABLE.items() for target in targets)
 ROWS = "SELECT pid, state, epoch FROM process"
 LEFT = {
     "tasks": "SELECT key FROM broker_task",
@@ -328,7 +330,9 @@ class ProcessWorld(Faults):
             timeline.at(timeline.now + when * PLAY_INTERVAL_S, None, self._play_all)
         timeline.run(timeline.now + DRAIN_S, self._is_over)
         if not self._is_over():
-            self.complain(f"not over {DRAIN_S:g} s after the last fault: {self._unfinished()}; {self._open_calls()}")
+            self.complain(
+                f"L1: not over {DRAIN_S:g} s after the last fault: {self._unfinished()}; {self._open_calls()}"
+            )
             return
         timeline.run(timeline.now + 5.0)
         self._look_at_everything()
@@ -554,6 +558,9 @@ class ProcessWorld(Faults):
         history, _ = self.store.history(pid)
         states = [event.subject.split(".") for event in history if event.subject.count(".") == 1]
         states = [pair for pair in states if pair[0] not in ("playing", "pausing", "paused")]
+        for before, after in states:
+            if (before, after) not in EDGES:
+                self.complain(f"I6: {pid} went from {before} to {after}, and nothing leads there")
         for before, after in pairwise(states):
             if before[1] != after[0]:
                 self.complain(f"I6: the history of {pid} has a gap: {before} and then {after}")

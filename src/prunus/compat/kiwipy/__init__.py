@@ -17,6 +17,7 @@ module           what it is
 `communicator`   questions and broadcasts, and how subscribers are called
 `queues`         task queues, and tasks that are fetched from them
 `futures`        futures in futures, on both sides
+`threads`        where subscribers, and callbacks of futures, are called
 `wire`           how all this is said in messages of ours
 `codec`          values as bytes, if the user brings no encoder
 ===============  ==================================================================================
@@ -33,6 +34,7 @@ from prunus import messaging
 from prunus.compat.kiwipy import codec
 from prunus.compat.kiwipy.communicator import PrunusCommunicator, check_prefetch_size
 from prunus.compat.kiwipy.queues import PrunusIncomingTask, PrunusTaskQueue
+from prunus.errors import ProfileError
 from prunus.messaging.keys import ClientKey
 from prunus.runtime.connecting import find_broker
 
@@ -59,12 +61,13 @@ def connect(
     so `task_exchange` means nothing here. `async_task_timeout` (seconds) bounds each call that waits for the broker. In
     `testing_mode` the tasks that are left in the queues that were used are deleted at the end.
 
-    Raises `prunus.ProfileError` or `prunus.ConnectionLostError`.
+    Raises `prunus.ProfileError` for a profile that is not there. If no broker answers, the error is a
+    `kiwipy.TimeoutError` and a `ConnectionError`; one that refuses the key is a `ConnectionRefusedError`.
     """
     check_prefetch_size(task_prefetch_size)
 
     return PrunusCommunicator(
-        lambda: messaging.connect(_place(broker), name="kiwipy"),
+        lambda: messaging.connect(_place(broker), name="kiwipy", timeout_s=async_task_timeout),
         message_exchange=message_exchange,
         task_queue=task_queue,
         task_prefetch_count=task_prefetch_count,
@@ -76,6 +79,11 @@ def connect(
 
 
 def _place(broker: str | os.PathLike[str] | None) -> str | ClientKey:
+    if isinstance(broker, str) and broker.startswith(("amqp://", "amqps://")):
+        raise ProfileError(
+            f"an {broker.partition(':')[0]} address is that of a RabbitMQ, and this is the communicator of a profile: "
+            "leave it out for that of this folder or user (`prunus init`, `prunus daemon start`), or give a folder"
+        )
     if broker is None or (isinstance(broker, str) and "://" in broker):
         return broker or find_broker()
     path = Path(broker).expanduser()

@@ -31,7 +31,9 @@ def decode(data: bytes) -> Any:
     try:
         return _unpack(data)
     except (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"these bytes are no value that `encode` made: {error}") from None
+        raise ValueError(
+            f"these bytes are not of the default encoder ({error}): give all communicators the same encoder and decoder"
+        ) from None
 
 
 def _marked(value: object, depth: int) -> object:

@@ -16,12 +16,12 @@ import contextlib
 import inspect
 import itertools
 import logging
+import os
 import platform
 import threading
 import uuid
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -31,11 +31,14 @@ import prunus
 from prunus.compat.kiwipy import wire
 from prunus.compat.kiwipy.futures import Chain, Outcome, outcome_of_awaiting, unwrap
 from prunus.compat.kiwipy.queues import PrunusTaskQueue
+from prunus.compat.kiwipy.threads import Threads
 from prunus.errors import (
     BusyError,
     CommunicatorClosedError,
     ConnectionLostError,
     DuplicateSubscriberError,
+    IndeterminateError,
+    KeyRefusedError,
     MessageTooLargeError,
     MessagingError,
     PrunusError,
@@ -65,6 +68,10 @@ _CALLED_BY: ContextVar[object] = ContextVar("prunus_kiwipy_called_by", default=N
 """The communicator whose subscriber runs in this thread."""
 
 
+class BrokerUnreachableError(ConnectionError, kiwipy.TimeoutError):  # type: ignore[misc]  # kiwipy has no types
+    """No broker answers. For kiwipy that is a `kiwipy.TimeoutError`, for the library under it a `ConnectionError`."""
+
+
 class Subscriber:
     """A function that gets messages, one at a time."""
 
@@ -91,7 +98,8 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
         async_task_timeout: float,
         testing_mode: bool = False,
     ) -> None:
-        """`open` connects; whatever it raises is raised here."""
+        """`open` connects; what it raises is raised here, an error of ours as the one that kiwipy has for it."""
+        self._os_pid = os.getpid()
         self._default_queue = PrunusTaskQueue(self, task_queue, task_prefetch_count)
         self._exchange = message_exchange
         self._encoder, self.decode = encoder, decoder
@@ -106,13 +114,15 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
         self._queues: set[str] = set()
         self._running: set[asyncio.Future[Any]] = set()
         self._close_callbacks: list[Callable[[], Callable[..., Any] | None]] = []
-        self._callbacks = ThreadPoolExecutor(MAX_CALLBACK_THREADS, "prunus-kiwipy-callback")
-        self._answers = ThreadPoolExecutor(MAX_ANSWER_THREADS, "prunus-kiwipy-answer")
+        self._callbacks = Threads(MAX_CALLBACK_THREADS, "prunus-kiwipy-callback")
+        self._answers = Threads(MAX_ANSWER_THREADS, "prunus-kiwipy-answer")
         self._spawned: set[asyncio.Task[Any]] = set()
         try:
             self._face = BlockingCommunicator(lambda: self._open(open), "kiwipy")
-        except BaseException:
+        except BaseException as error:
             self._shut_down()
+            if isinstance(error, MessagingError):
+                raise translated(error) from error
             raise
 
     async def _open(self, open: Callable[[], Awaitable[PeerCommunicator]]) -> PeerCommunicator:
@@ -135,19 +145,21 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
     def close(self) -> None:
         """Leave: tasks in hand are given back, whoever still waits gets `kiwipy.CommunicatorClosed`. Subscribers that
         are being called are waited for, at most as long as any call is. Idempotent."""
+        if os.getpid() != self._os_pid:
+            return  # the parent's connection lives on
+        self._check_thread()
         with self._close_lock:
             if self._closing:
                 return
             self._closing = True
         wait = _CALLED_BY.get() is not self
         try:
-            self._face.wait_for(lambda: self._before_close(wait))
+            with contextlib.suppress(CommunicatorClosedError):
+                self._face.wait_for(lambda: self._before_close(wait))
+        finally:  # also after Ctrl-C
             self._face.close()
-        except RuntimeError:  # in its own loop
-            self._closing = False
-            raise
-        self._closed = True
-        self._shut_down()
+            self._closed = True
+            self._shut_down()
         self._tell_closed(None)
 
     def add_close_callback(self, callback: Callable[..., Any], weak: bool = False) -> None:
@@ -165,7 +177,7 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
     def server_properties(self) -> dict[str, Any]:
         """What the broker is: `product`, `version` and `platform`, as kiwipy has them of RabbitMQ."""
         runs_on = f"{platform.python_implementation()} {platform.python_version()}"
-        return {"product": b"Prunus", "version": prunus.__version__.encode(), "platform": runs_on.encode()}
+        return {"product": "Prunus", "version": prunus.__version__, "platform": runs_on}
 
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop of this communicator."""
@@ -179,7 +191,7 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
         return self.call("rpc_send", lambda: self._ask(wire.recipient_name(self._exchange, recipient_id), body))
 
     def add_rpc_subscriber(self, subscriber: Callable[..., Any], identifier: Any = None) -> Any:
-        return self.call("add_rpc_subscriber", lambda: self._add_rpc(subscriber, identifier or _new_identifier()))
+        return self.call("add_rpc_subscriber", lambda: self._add_rpc(subscriber, new_identifier(identifier)))
 
     def remove_rpc_subscriber(self, identifier: Any) -> None:
         subscription = self._taken(self._rpcs, identifier)
@@ -220,7 +232,7 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
     def add_broadcast_subscriber(self, subscriber: Callable[..., Any], identifier: Any = None) -> Any:
         """Of a `kiwipy.BroadcastFilter` the filters that it has now are told to the broker."""
         return self.call(
-            "add_broadcast_subscriber", lambda: self._add_broadcast(subscriber, identifier or _new_identifier())
+            "add_broadcast_subscriber", lambda: self._add_broadcast(subscriber, new_identifier(identifier))
         )
 
     def remove_broadcast_subscriber(self, identifier: Any) -> None:
@@ -236,6 +248,7 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
         raised.
         """
         self._check_open()
+        self._check_thread()
         limit_s = None if timeout_s is None else self.timeout_s + timeout_s
         try:
             return self._face.wait_for(lambda: asyncio.wait_for(make(), limit_s))
@@ -306,7 +319,14 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
 
     def _check_open(self) -> None:
         if self._closing:
-            raise kiwipy.CommunicatorClosed
+            raise translated(CommunicatorClosedError())
+
+    def _check_thread(self) -> None:
+        if _loop_here() is self._loop:
+            raise RuntimeError(
+                "an `async def` subscriber runs in the loop of its communicator, where this call would wait for "
+                "itself: make the subscriber a plain `def`"
+            )
 
     def _taken(self, table: dict[str, T], identifier: Any) -> T:
         self._check_open()
@@ -318,7 +338,7 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
     def _expect(self) -> tuple[int, Chain]:
         if len(self._chains) >= MAX_AWAITED:
             raise BusyError(f"{MAX_AWAITED:,} tasks and questions of this communicator wait for their answers already")
-        number, chain = next(self._numbers), Chain()
+        number, chain = next(self._numbers), Chain(self._answers.submit)
         self._chains[number] = chain
         return number, chain
 
@@ -343,24 +363,23 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
         try:
             reply = wire.unpack_reply(await awaited)
         except PrunusError as error:
-            failure = translated(error)
+            its_own_end = self._closing and isinstance(error, IndeterminateError)  # it asked itself, and is gone
+            failure = translated(CommunicatorClosedError() if its_own_end else error)
             failure.__cause__ = error
-            self._answers.submit(chain.fail(failure))
+            chain.fail(failure)
             return error
         except asyncio.CancelledError:
-            self._answers.submit(chain.fail(kiwipy.CommunicatorClosed()))
+            chain.fail(translated(CommunicatorClosedError()))
             raise
         finally:
             self._chains.pop(number, None)
-        for step in chain.finish(reply, self.decode, _remote_exception):
-            self._answers.submit(step)
+        chain.finish(reply, self.decode, _remote_exception)
         return None
 
     async def _on_pending(self, note: Broadcast) -> None:
         pending = wire.unpack_pending(note.body)
         if (chain := self._chains.get(pending.number)) is not None:
-            for step in chain.deepen(pending.depth):
-                self._answers.submit(step)
+            chain.deepen(pending.depth)
 
     def _tell_pending(self, envelope: wire.Envelope, depth: int) -> None:
         """A note on the way: if it is lost, the answer says the same later."""
@@ -417,7 +436,7 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
 
     async def _add_broadcast(self, function: Callable[..., Any], identifier: Any) -> Any:
         if str(identifier) in self._broadcasts:
-            raise DuplicateSubscriberError(str(identifier))
+            raise kiwipy.DuplicateSubscriberIdentifier(f"there is a subscriber {identifier!r} already")
         subscriber = Subscriber(function)
         subscriptions: list[Subscription] = []
         self._broadcasts[str(identifier)] = subscriber, subscriptions
@@ -427,7 +446,10 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
             sender, subject = message["sender"], message["subject"]
             if isinstance(function, kiwipy.BroadcastFilter) and function.is_filtered(sender, subject):
                 return  # it is asked here to spare a thread
-            _, error = await self._called(subscriber, self, message["body"], sender, subject, message["correlation_id"])
+            arguments = message["body"], sender, subject, message["correlation_id"]
+            value, error = await self._called(subscriber, self, *arguments)
+            if inspect.iscoroutine(value):  # of an `async def` in a filter, say
+                _, error = await outcome_of_awaiting(value)
             if error is not None:
                 logger.warning("a subscriber of broadcasts failed; others go on", exc_info=error)
 
@@ -458,8 +480,8 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
                             pass
 
     def _on_reconnect(self) -> None:
-        error = ConnectionLostError(getattr(self.communicator, "endpoint", "its endpoint"))
-        self._callbacks.submit(self._tell_closed, error)
+        lost = BrokerUnreachableError(f"the broker at {self.communicator.endpoint} was lost for a while; it is back")
+        self._callbacks.submit(self._tell_closed, lost)
 
     def _tell_closed(self, error: Exception | None) -> None:
         for reference in list(self._close_callbacks):
@@ -482,8 +504,8 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
                     await self.communicator.purge(queue)
 
     def _shut_down(self) -> None:
-        self._callbacks.shutdown(wait=False)
-        self._answers.shutdown(wait=False)
+        self._callbacks.shutdown()
+        self._answers.shutdown()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else self.communicator.session
@@ -491,15 +513,25 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
 
 
 def translated(error: PrunusError) -> Exception:
-    """The error that kiwipy has for one of ours; ours itself if it has none."""
+    """The error that kiwipy has for one of ours, in words of its users; ours itself if it has none."""
     text = str(error)
     match error:
         case CommunicatorClosedError():
             return kiwipy.CommunicatorClosed(text)  # type: ignore[no-any-return]
-        case UnroutableError():
-            return kiwipy.UnroutableError(text)  # type: ignore[no-any-return]
-        case DuplicateSubscriberError():
-            return kiwipy.DuplicateSubscriberIdentifier(text)  # type: ignore[no-any-return]
+        case ConnectionLostError():
+            return BrokerUnreachableError(text)
+        case KeyRefusedError():
+            return ConnectionRefusedError(text)
+        case UnroutableError(recipient=recipient):
+            return kiwipy.UnroutableError(f"nobody listens as {wire.spoken(recipient)}")  # type: ignore[no-any-return]
+        case DuplicateSubscriberError(identifier=identifier):
+            return kiwipy.DuplicateSubscriberIdentifier(  # type: ignore[no-any-return]
+                f"there is a subscriber {wire.spoken(identifier)} already"
+            )
+        case IndeterminateError(key=key):
+            return kiwipy.DeliveryFailed(  # type: ignore[no-any-return]
+                f"no answer came for {wire.spoken(key)}: it may or may not have happened"
+            )
         case TaskRejectedError():
             return kiwipy.TaskRejected(text)  # type: ignore[no-any-return]
         case MessagingError() | StoreFullError():
@@ -531,5 +563,14 @@ def _warn_of_missed(count: int) -> None:
     logger.warning("a subscriber of broadcasts was too slow and missed some", extra={"missed": count})
 
 
-def _new_identifier() -> str:
-    return uuid.uuid4().hex
+def _loop_here() -> asyncio.AbstractEventLoop | None:
+    """The one that runs in this thread, if any does."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def new_identifier(identifier: Any) -> Any:
+    """The one that was given, or a new one."""
+    return uuid.uuid4().hex if identifier is None else identifier

@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any
 
-from prunus.compat.kiwipy.wire import Reply
+from prunus.compat.kiwipy.wire import MAX_FUTURES, Reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +32,26 @@ class Outcome:
 
 async def unwrap(value: Any, error: BaseException | None, waits: Callable[[int], None]) -> Outcome:
     """The outcome of a call that returned `value` or raised `error`. `waits` is told of each future before it is waited
-    for. Raises `asyncio.CancelledError` only if this waiting is cancelled, not if a future is."""
+    for; more than `MAX_FUTURES` are an error. Raises `asyncio.CancelledError` only if this waiting is cancelled, not if
+    a future is."""
     depth = 0
     while error is None:
+        its_end: Callable[[Any], Awaitable[None]]
         if isinstance(value, Future):
-            depth += 1
-            if not value.done():
-                waits(depth)
-                await _thread_future_done(value)
+            its_end = _thread_future_done
         elif asyncio.isfuture(value):
-            depth += 1
-            if not value.done():
-                waits(depth)
-                await _loop_future_done(value)
+            its_end = _loop_future_done
         elif inspect.isawaitable(value):  # what an `async def` returned
             value, error = await outcome_of_awaiting(value)
             continue
         else:
             return Outcome(depth, value)
+        if depth == MAX_FUTURES:
+            return Outcome(depth, error=ValueError(f"a future of more than {MAX_FUTURES} futures, or of itself"))
+        depth += 1
+        if not value.done():
+            waits(depth)
+            await its_end(value)
         if value.cancelled():
             return Outcome(depth, cancelled=True)
         error = value.exception()
@@ -68,59 +71,76 @@ async def outcome_of_awaiting(value: Awaitable[Any]) -> tuple[Any, BaseException
         return None, error
 
 
+class Answer(Future[Any]):
+    """A future of the caller's. Where somebody has to be called back it is resolved in a thread, else at once: who only
+    waits for it needs no free thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._has_callbacks = False
+
+    def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
+        with self._lock:
+            self._has_callbacks = True
+        super().add_done_callback(fn)
+
+    def resolve(self, how: Callable[[], None], in_thread: Callable[[Callable[[], None]], object]) -> None:
+        """Do `how`, here or `in_thread`."""
+        with self._lock:
+            if not self._has_callbacks:
+                how()
+                return
+        in_thread(how)
+
+
 class Chain:
     """The caller's side. Each future is resolved once; one that its holder cancelled stays so."""
 
-    def __init__(self) -> None:
-        self.first: Future[Any] = Future()
-        self._last = self.first
+    def __init__(self, in_thread: Callable[[Callable[[], None]], object]) -> None:
+        """`in_thread` has a function called in a thread, where it may wait: it calls back whoever asked for that."""
+        self.first = self._last = Answer()
+        self._in_thread = in_thread
         self._depth = 0
 
-    def deepen(self, depth: int) -> list[Callable[[], None]]:
-        """There are `depth` futures behind the first. Returns what resolves them, to be called soon, in any threads: it
-        calls back whoever waits."""
-        steps = []
+    def deepen(self, depth: int) -> None:
+        """There are `depth` futures behind the first."""
         while self._depth < depth:
-            outer, self._last = self._last, Future()
+            outer, self._last = self._last, Answer()
             self._depth += 1
-            steps.append(_setter(outer, self._last))
-        return steps
+            self._set(outer, self._last)
 
-    def finish(
-        self, reply: Reply, decode: Callable[[bytes], Any], remote: Callable[[Reply], Exception]
-    ) -> list[Callable[[], None]]:
-        """The answer is there; returns what resolves the futures (see `deepen`)."""
-        steps = self.deepen(reply.depth)
+    def finish(self, reply: Reply, decode: Callable[[bytes], Any], remote: Callable[[Reply], Exception]) -> None:
+        """The answer is there."""
+        self.deepen(reply.depth)
         last = self._last
         match reply.kind:
             case "cancelled":
-                steps.append(lambda: _cancel(last))
+                last.resolve(lambda: _cancel(last), self._in_thread)
             case "exception":
-                steps.append(_setter(last, error=remote(reply)))
+                self.fail(remote(reply))
             case "result":
                 try:
                     value = decode(reply.result)
                 except Exception as error:  # the user's decoder: its error is the answer
-                    steps.append(_setter(last, error=error))
+                    self.fail(error)
                 else:
-                    steps.append(_setter(last, value))
-        return steps
+                    self._set(last, value)
 
-    def fail(self, error: Exception) -> Callable[[], None]:
-        """There will be no answer; returns what resolves the last future."""
-        return _setter(self._last, error=error)
+    def fail(self, error: Exception) -> None:
+        """The last future ends with this error."""
+        self._set(self._last, error=error)
 
+    def _set(self, future: Answer, value: Any = None, error: Exception | None = None) -> None:
+        def resolve() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(value)
 
-def _setter(future: Future[Any], value: Any = None, error: Exception | None = None) -> Callable[[], None]:
-    def resolve() -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(value)
-
-    return resolve
+        future.resolve(resolve, self._in_thread)
 
 
 def _cancel(future: Future[Any]) -> None:

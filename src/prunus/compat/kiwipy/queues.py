@@ -71,7 +71,7 @@ class PrunusTaskQueue:
         """Have ``subscriber(communicator, task)`` called for each task. Of several, the first that does not raise
         `kiwipy.TaskRejected` has it; if all do, it is offered again later, to others too."""
         return self._communicator.call(
-            "add_task_subscriber", lambda: self._add(subscriber, identifier or uuid.uuid4().hex)
+            "add_task_subscriber", lambda: self._add(subscriber, uuid.uuid4().hex if identifier is None else identifier)
         )
 
     def remove_task_subscriber(self, identifier: Any) -> None:

@@ -12,14 +12,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
-from urllib.parse import quote
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import quote, unquote
 from uuid import UUID
 
 import kiwipy
 import msgspec
 
-from prunus.errors import Failure, ProtocolError
+from prunus.errors import Failure, ProtocolError, speakable
+
+MAX_FUTURES = 1000
+"""Futures in futures; one that resolves to itself has more."""
+MAX_TEXT_CHARS = 500
+"""Of a sender or a subject, as it stands in a name; with its exchange it has to fit into one."""
 
 _QUOTED = str.maketrans({"%": "%25", "*": "%2A", "#": "%23"})
 _PLAIN = re.compile(r"\[\.\]|\.\*|\\.|[^\\^$.|?*+()\[\]{}]", re.DOTALL)
@@ -39,18 +44,21 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
     """What its sender calls it."""
 
 
+Depth = Annotated[int, msgspec.Meta(ge=0, le=MAX_FUTURES)]
+
+
 class Pending(msgspec.Struct, frozen=True, array_like=True):
     """Note: the subscriber answered `number` with a future (`depth` 1), and that with another one (2), ..."""
 
     number: int
-    depth: int
+    depth: Depth
 
 
 class Reply(msgspec.Struct, frozen=True, array_like=True):
     """What a subscriber made of a task or a question, after `depth` futures."""
 
     kind: Literal["result", "exception", "cancelled"]
-    depth: int
+    depth: Depth
     result: bytes = b""
     failure: Failure | None = None
 
@@ -90,12 +98,21 @@ def recipient_name(exchange: str, identifier: object) -> str:
     return f"kiwipy:{quote(exchange)} {identifier}"
 
 
+def spoken(recipient: str) -> str:
+    """A recipient in the words of who named it; whatever else has a name on the wire as it is."""
+    kind, _, name = recipient.partition("kiwipy:")
+    exchange, _, identifier = name.partition(" ")
+    return recipient if kind or not identifier else f"{identifier!r} on the exchange {unquote(exchange)!r}"
+
+
 def subject_name(exchange: str, subject: object) -> str:
     return f"kiwipy:{quote(exchange)} {sender_name(subject)}"
 
 
 def sender_name(sender: object) -> str:
-    return "-" if sender is None else f"={_text(sender).translate(_QUOTED)}"
+    """One that is too long for a name goes to all, as if there were none: whoever gets it looks at the value itself."""
+    text = None if sender is None else _quoted(_text(sender))
+    return "-" if text is None else f"={text}"
 
 
 def patterns(exchange: str, subscriber: Callable[..., Any]) -> list[tuple[str | None, str]]:
@@ -126,7 +143,7 @@ def _pattern(filters: Sequence[Callable[[Any], Any]]) -> str | None:
         return _pattern_of(expression.pattern) if plain else None
     [cell] = getattr(filters[0], "__closure__", None) or [None]
     value = getattr(cell, "cell_contents", None)  # what it compares with
-    return _text(value).translate(_QUOTED) if isinstance(value, int | UUID) else None
+    return _quoted(_text(value)) if isinstance(value, int | UUID) else None
 
 
 def _pattern_of(expression: str) -> str | None:
@@ -138,7 +155,14 @@ def _pattern_of(expression: str) -> str | None:
             return None
         end = part.end()
         parts.append({"[.]": ".", ".*": "#"}.get(part[0]) or part[0][-1].translate(_QUOTED))
-    return re.sub("#+", "#", "".join(parts) + "#") if end == len(expression) else None
+    pattern = re.sub("#+", "#", "".join(parts) + "#")
+    return pattern if end == len(expression) and len(pattern) <= MAX_TEXT_CHARS else None
+
+
+def _quoted(text: str) -> str | None:
+    """As it stands in a name; None for what can't stand there."""
+    quoted = text.translate(_QUOTED)
+    return quoted if len(quoted) <= MAX_TEXT_CHARS and speakable(quoted) == quoted else None
 
 
 def _text(value: object) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prunus.runtime.cli.connection import with_controller
+from prunus.runtime.cli.connection import errors_told_once, refusal, with_controller
 from prunus.runtime.cli.group import Group, Options
 from prunus.runtime.cli.patience import bar
 from prunus.runtime.cli.values import END_OF_INTEGERS
@@ -77,14 +77,13 @@ def run(options: Options, lease_s: float | None) -> None:
     """
     from prunus.messaging.messages import LEASE_S
     from prunus.runtime import logs
-    from prunus.runtime.broker import limit_resources, serve
+    from prunus.runtime.broker import serve
     from prunus.runtime.locks import ServiceLock
 
     profile = options.find_profile()
     logs.configure(profile, "broker")
-    limit_resources()
-    with ServiceLock(profile.lock("broker")):
-        serve(profile, lease_s=LEASE_S if lease_s is None else lease_s)
+    with ServiceLock(profile.lock("broker")) as lock:
+        serve(profile, lease_s=LEASE_S if lease_s is None else lease_s, lock=lock)
 
 
 @broker.command()
@@ -149,6 +148,8 @@ def limit(
         limits = queues[queue].limits if queue in queues else QueueLimits()
         if changes:
             limits = msgspec.structs.replace(limits, **changes)
+            if burst is not None and limits.rate_per_s is None:
+                raise click.UsageError(f"--burst says how a rate begins, and {queue!r} has none then: say --rate R too")
             await controller.communicator.configure_queue(queue, limits)
         return limits
 
@@ -280,8 +281,8 @@ async def _watch(controller: ProcessController, now: BrokerStatus, here: str) ->
     from prunus.runtime import display, overview
 
     console = display.console()
-    if not console.is_terminal:
-        raise click.UsageError("--watch needs a terminal; --json is for programs")
+    if not display.can_redraw(console.file):
+        raise click.UsageError("--watch needs a terminal, and not a dumb one; --json is for programs")
     with Live(overview.broker_picture(now, here), console=console, auto_refresh=False, transient=False) as live:
         while True:
             await asyncio.sleep(REFRESH_S)
@@ -333,6 +334,12 @@ def _serve_metrics(options: Options, host: str, port: int) -> None:
     class Server(ThreadingHTTPServer):
         address_family = _family(host)
 
+        def service_actions(self) -> None:
+            """Between two questions, and twice a second: a broker that is away comes back, a key that was revoked does
+            not."""
+            if (error := refusal(controller)) is not None:
+                raise error
+
         def handle_error(self, request: Any, client_address: Any) -> None:
             """Say nothing of those who left before they were answered, nor of those whom Ctrl-C cuts off."""
             if not isinstance(sys.exception(), OSError | CancelledError):
@@ -349,6 +356,7 @@ def _serve_metrics(options: Options, host: str, port: int) -> None:
         ) from error
     portal: BlockingPortal
     with (
+        errors_told_once(),
         server,
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(connect(options.local_profile(), key=options.key)) as controller,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +14,7 @@ from prunus.runtime.cli.group import Options
 from prunus.runtime.cli.patience import patience
 
 if TYPE_CHECKING:
+    from prunus.errors import PrunusError
     from prunus.runtime.controller import ProcessController
     from prunus.runtime.profile import Profile
 
@@ -41,7 +43,53 @@ def with_controller(
                 await stack.enter_async_context(patience(waiting_for))
             return await work(controller)
 
-    return asyncio.run(connected())
+    with errors_told_once():
+        return asyncio.run(connected())
+
+
+@contextlib.contextmanager
+def errors_told_once() -> Iterator[None]:
+    """What ends the connection of a command ends the command, as its error: a log line that says so too is one too
+    many."""
+    peer = logging.getLogger("prunus.messaging.peer")
+    peer.addFilter(_is_no_error)
+    try:
+        yield
+    finally:
+        peer.removeFilter(_is_no_error)
+
+
+def _is_no_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
+
+
+def refusal(controller: ProcessController) -> PrunusError | None:
+    """With what the broker has refused this command for good (its key was revoked, say); None if it has not."""
+    from prunus.messaging.threaded import ThreadedCommunicator
+
+    communicator = controller.communicator
+    return communicator.failure if isinstance(communicator, ThreadedCommunicator) else None
+
+
+@contextlib.asynccontextmanager
+async def ended_by_refusal(controller: ProcessController, end: Callable[[], None]) -> AsyncIterator[None]:
+    """For what goes on while a broker is away: when the broker refuses this command for good `end` is called, which
+    has to end the block, and the refusal is raised behind it."""
+    from prunus.messaging.threaded import ThreadedCommunicator
+
+    async def wait() -> None:
+        if isinstance(controller.communicator, ThreadedCommunicator):
+            await controller.communicator.ended()
+            end()
+
+    waiting = asyncio.create_task(wait())
+    try:
+        yield
+    finally:
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    if (error := refusal(controller)) is not None:
+        raise error
 
 
 def run(work: Coroutine[Any, Any, T], waiting_for: str) -> T:

@@ -269,7 +269,8 @@ def fork(options: Options, pid: str, step: str | None, changes: tuple[str, ...])
 
     values = read_inputs_of(changes)
     if step is None and values:
-        raise click.UsageError(f"`--at STEP` is missing: where to go on; `prunus fork {pid}` lists the steps on record")
+        lists = f"`prunus fork {display.word(pid)}` lists the steps on record"
+        raise click.UsageError(f"`--at STEP` is missing: where to go on; {lists}")
 
     async def go(controller: ProcessController) -> None:
         handle = await find_one(controller, pid)

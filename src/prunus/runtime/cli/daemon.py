@@ -66,7 +66,13 @@ def stop(options: Options) -> None:
 
     Running steps get their grace (see config.yaml); what has not ended by then runs again after the next start.
     """
-    stopped = asyncio.run(_stop(options.find_profile()))
+    options.refuse_key()
+    from prunus.runtime.profile import Profile
+
+    profile, wrong = Profile.find_to_stop(options.profile)
+    if wrong is not None:
+        click.echo(f"Warning: mend this before the next start: {wrong}", err=True)
+    stopped = asyncio.run(_stop(profile))
     click.echo("The daemon has stopped; nothing is lost." if stopped else "No daemon was running.")
 
 
@@ -83,6 +89,7 @@ def restart(options: Options, workers: int | None) -> None:
     profile = options.find_profile()
     before = wish.read_wish(profile)
     number = workers if workers is not None or before is None else before.workers
+    profile.check_keys()  # what could not start again is not stopped
 
     async def again() -> daemon.DaemonStatus:
         await _stop(profile)
@@ -247,8 +254,8 @@ async def _status(profile: Profile, as_json: bool, watch: bool) -> None:
     from prunus.runtime import display, health
 
     console = display.console()
-    if watch and not console.is_terminal:
-        raise click.UsageError("--watch needs a terminal; --json is for programs")
+    if watch and not display.can_redraw(console.file):
+        raise click.UsageError("--watch needs a terminal, and not a dumb one; --json is for programs")
     load = health.Load()
     async with patience("waiting for the broker"):
         load.look(health.watched(profile))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import shutil
 import sys
 import textwrap
@@ -166,8 +167,15 @@ class Command(click.Command):
 def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> None:
     if value == "":
         raise click.BadParameter("it is empty; is a variable of the shell not set?")
+    options = context.ensure_object(Options)
     if value and parameter.name:
-        setattr(context.ensure_object(Options), parameter.name, value)
+        setattr(options, parameter.name, value)
+    if options.profile and options.key:
+        raise click.UsageError(
+            f"--profile {options.profile} is a profile of this host, and --key {options.key} is for a broker on a "
+            "network: say one of them",
+            context,
+        )
 
 
 def _show_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -226,7 +234,11 @@ class Group(click.Group):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
-        except (click.exceptions.Exit, click.Abort, click.ClickException, BrokenPipeError):
+        except click.ClickException as error:
+            text = folded(error.format_message())
+            vars(error).update(format_message=lambda: text)
+            raise
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:  # the outermost place: nobody else can say it to the user
             while isinstance(error, ExceptionGroup):
@@ -246,16 +258,22 @@ Group.group_class = Group
 
 def folded(message: str) -> str:
     """An error with its lines broken between words, where a person reads it on a terminal; no word is ever cut."""
-    if not sys.stderr.isatty():
-        return message
+    return _folded(f"{_ERROR}{message}").removeprefix(_ERROR) if sys.stderr.isatty() else message
+
+
+def say(text: str) -> None:
+    """Print sentences, their lines broken in the same way."""
+    click.echo(_folded(text) if sys.stdout.isatty() else text)
+
+
+def _folded(text: str) -> str:
     width = max(shutil.get_terminal_size().columns, MIN_FOLD)
-    lines = f"{_ERROR}{message}".split("\n")
     return "\n".join(
         textwrap.fill(line, width, drop_whitespace=True, break_long_words=False, break_on_hyphens=False)
-        if len(line) > width and not line.startswith(" ")
+        if len(line) > width and not line.startswith((" ", "\t"))
         else line
-        for line in lines
-    ).removeprefix(_ERROR)
+        for line in text.split("\n")
+    )
 
 
 def sections(group: click.Group) -> dict[str, dict[str, click.Command]]:
@@ -289,10 +307,13 @@ def _with_hint(error: Exception, options: Options) -> str:
     if not isinstance(error, ConnectionLostError) or options.key is not None:
         return str(error)
     try:
-        has_daemon = read_holder(options.find_profile().lock("daemon")) is not None
+        daemon, broker = (read_holder(options.find_profile().lock(name)) for name in ("daemon", "broker"))
     except PrunusError:
-        has_daemon = False
-    if has_daemon:
+        daemon = broker = None
+    if broker is not None:
+        what = f"{error}\nIts process runs (pid {broker.pid}), but is stopped, or has too much to do"
+        return f"{what}; `prunus daemon restart` puts another in its place." if daemon is not None else f"{what}."
+    if daemon is not None:
         return f"{error}\nThe daemon starts the broker again; `prunus daemon logs broker` tells why it ended."
     return f"{error}\n`prunus daemon start` starts one."
 
@@ -308,3 +329,5 @@ def _with_hint(error: Exception, options: Options) -> str:
 def cli(context: click.Context) -> None:
     """Run workflows that survive: launch, watch and control processes."""
     context.ensure_object(Options)
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") in ("dumb", "unknown"):  # (for tables rich sees to it)
+        context.color = False

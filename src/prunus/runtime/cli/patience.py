@@ -1,7 +1,7 @@
 """What a command says when it takes longer than a second.
 
 On a terminal it is one line that changes, and is gone when the command ends: a bar with n of m, or for how long it
-waits. Elsewhere it is one line, once. All of it goes to stderr.
+waits. Elsewhere, and on a dumb terminal, it is one line, once. All of it goes to stderr.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Meter:
         self.done = 0
         self.waiting_for, self._doing = waiting_for, doing
         self._begun_s = time.monotonic()
-        self._is_drawn = False
+        self._is_said = self._is_drawn = False
 
     def say(self, line: str, *, err: bool = False) -> None:
         """Print a line."""
@@ -41,10 +41,12 @@ class Meter:
 
     def draw(self) -> None:
         """Show how far it is now."""
-        if not sys.stderr.isatty():
-            if not self._is_drawn:
+        from prunus.runtime.display import can_redraw
+
+        if not can_redraw(sys.stderr):
+            if not self._is_said:
                 click.echo(f"{self.waiting_for} ...", err=True)
-            self._is_drawn = True
+            self._is_said = True
             return
         width = shutil.get_terminal_size().columns
         sys.stderr.write(f"{CLEAR}{self.text()[: width - 1]}")
@@ -64,7 +66,7 @@ class Meter:
 
     def clear(self) -> None:
         """Take the line away again."""
-        if self._is_drawn and sys.stderr.isatty():
+        if self._is_drawn:
             sys.stderr.write(CLEAR)
             sys.stderr.flush()
             self._is_drawn = False
@@ -94,24 +96,37 @@ async def patience(waiting_for: str, total: int | None = None, doing: str = "") 
 
 
 def agrees(question: str) -> bool:
-    """Whether the answer is yes. Ctrl-C aborts at once, also where an event loop runs."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Whether the answer is yes. Ctrl-C is a `KeyboardInterrupt` at once, also where an event loop runs; the end of
+    the input is a `click.Abort`."""
+    is_interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal is_interrupted
+        is_interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         return click.confirm(question, err=True)
+    except click.Abort:  # click takes either for it
+        if is_interrupted:
+            click.echo(err=True)
+            raise KeyboardInterrupt from None
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
 def bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """For work that tells how much of how much is done: a bar on a terminal, nothing anywhere else. Nothing else is to
-    be printed meanwhile."""
-    if not sys.stderr.isatty():
+    """For work that tells how much of how much is done: a bar on a terminal that can draw one, nothing anywhere else.
+    Nothing else is to be printed meanwhile."""
+    from prunus.runtime import display
+
+    if not display.can_redraw(sys.stderr):
         yield lambda done, total: None
         return
     from rich.progress import Progress
-
-    from prunus.runtime import display
 
     with Progress(console=display.console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=None)

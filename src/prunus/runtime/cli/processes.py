@@ -116,9 +116,10 @@ def launch(
             return None
         click.echo(f"launched {handle.pid}", err=True)
         try:
-            record = await watch.watch_family(controller, handle.pid, display.console(stderr=True))
+            console = display.console(stderr=True)
+            record = await watch.watch_family(controller, handle.pid, console, since_launch=True)
         except asyncio.CancelledError:
-            click.echo(f"\nIt goes on without us: prunus watch {display.short(handle.pid)}", err=True)
+            click.echo(f"\nIt goes on without us: prunus watch {display.word(display.short(handle.pid))}", err=True)
             raise
         return record, await handle.outcome()
 
@@ -480,9 +481,9 @@ def _print_result(record: Record, result: ProcessResult | None) -> None:
 
 def _fail_with(record: Record, result: ProcessResult | None) -> None:
     """The exit code and the last words of a command that waited for the end of a process."""
-    from prunus.runtime.display import short
+    from prunus.runtime.display import short, word
 
-    pid = short(record.pid)
+    pid = word(short(record.pid))
     if result is None:
         raise click.ClickException(
             f"process {record.pid} is set aside: {record.aside}\nMend the cause, then `prunus retry {pid}`."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import click
 from prunus.runtime.cli.broker import read_status
 from prunus.runtime.cli.connection import with_controller
 from prunus.runtime.cli.group import Group, Options
+from prunus.runtime.cli.patience import agrees
 
 if TYPE_CHECKING:
     from prunus.messaging.communicator import Communicator
@@ -244,12 +244,12 @@ async def _show_task(controller: ProcessController, task: TaskInfo, as_json: boo
 
 
 async def _processes(controller: ProcessController, tasks: Sequence[TaskInfo]) -> dict[str, Record]:
-    """The processes whose pids are the keys of these tasks."""
+    """The processes whose pids are the keys of these tasks. A queue may have tasks of theirs and others: those of
+    processes have no body."""
     import asyncio
     import contextlib
 
     from prunus.errors import PrunusError
-    from prunus.runtime.backend import CONTROL_LANE, RUN_LANE
 
     found: dict[str, Record] = {}
 
@@ -257,7 +257,7 @@ async def _processes(controller: ProcessController, tasks: Sequence[TaskInfo]) -
         with contextlib.suppress(PrunusError):
             found[pid] = await controller.handle(pid).record()
 
-    pids = dict.fromkeys(task.key for task in tasks if task.key and task.queue in (RUN_LANE, CONTROL_LANE))
+    pids = dict.fromkeys(task.key for task in tasks if task.key and not task.size and task.subject is None)
     await asyncio.gather(*map(read, pids))
     return found
 
@@ -280,7 +280,8 @@ def _confirm(question: str, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise click.UsageError("nobody can be asked here: add --yes")
-    click.confirm(f"{question}?", abort=True)
+    if not agrees(f"{question}?"):
+        raise click.Abort
 
 
 Change = Callable[["Communicator", tuple[str, ...]], Awaitable[int]]
@@ -313,7 +314,7 @@ def _edit(options: Options, done: str, ids: Sequence[str], change: Change) -> No
 
 def _why_not(done: str, task: TaskInfo | None) -> str:
     """Why a task was not `done` ("requeued", "deleted" or "buried"), from where it is now."""
-    from prunus.runtime.display import peer, plain
+    from prunus.runtime.display import peer, plain, word
 
     if task is None:
         return "there is no such task"
@@ -326,7 +327,7 @@ def _why_not(done: str, task: TaskInfo | None) -> str:
         case "dead" if done == "buried":
             return "it is a dead letter already"
         case "dead" if done == "requeued" and task.key is not None:
-            return f"another task with its key {key} is pending; `prunus tasks --task-key {shlex.quote(key)}` shows it"
+            return f"another task with its key {key} is pending; `prunus tasks --task-key {word(task.key)}` shows it"
         case "ready" if done == "requeued":
             return "it is ready already, for the next who has room"
         case "blocked" if done == "requeued":

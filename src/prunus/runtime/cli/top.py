@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from prunus.runtime.cli.connection import with_controller
+from prunus.runtime.cli.connection import ended_by_refusal, with_controller
 from prunus.runtime.cli.group import Command, Options
 
 if TYPE_CHECKING:
@@ -21,8 +21,12 @@ def top(options: Options) -> None:
 
     Keys pause, play, kill and retry the selected process; ? shows all of them, q quits.
     """
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise click.UsageError("`prunus top` needs a terminal; in a pipe use `prunus list` or `prunus broker status`")
+    from prunus.runtime.display import can_redraw
+
+    if not (sys.stdin.isatty() and can_redraw(sys.stdout)):
+        raise click.UsageError(
+            "`prunus top` needs a terminal, and not a dumb one; elsewhere use `prunus list` or `prunus broker status`"
+        )
     from prunus.runtime.top.app import TopApp
 
     profile = options.local_profile()
@@ -30,6 +34,8 @@ def top(options: Options) -> None:
 
     async def show(controller: ProcessController) -> None:
         utf8 = (sys.stdout.encoding or "").lower().startswith("utf")
-        await TopApp(controller, profile, place=place, utf8=utf8).run_async()
+        app = TopApp(controller, profile, place=place, utf8=utf8)
+        async with ended_by_refusal(controller, app.exit):
+            await app.run_async()
 
     with_controller(options, show)

@@ -1,7 +1,7 @@
 """What a transport can do on a host: run commands, and move files there and back.
 
 `prunus.runtime.remote.local` and `prunus.runtime.remote.ssh` are the shipped ones;
-`prunus.testing.transport_contract` is what each of them must do. Paths that are not absolute begin in the home folder
+`prunus.testing.TransportContract` is what each of them must do. Paths that are not absolute begin in the home folder
 of the login (or where the endpoint's ``folder`` says).
 
 Errors: `TransportError` for what can't be done (a file that is not there), `TransportLostError` when the connection
