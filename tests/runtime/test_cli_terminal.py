@@ -131,7 +131,7 @@ def test_ctrl_c_at_a_question_is_no_answer(live: Shell) -> None:
             shown.until(r"\? \[y/N\]: ")
             shown.interrupt_until_it_ends()
             text = shown.end(130)
-        assert re.search(r"\? \[y/N\]: \^C\n", text)
+        assert re.search(r"\? \[y/N\]: (\^C)+\n", text)  # once is enough, unless it came before it waited for a key
         assert "Traceback" not in text
     assert set(live("list", "--tag", "spared", "-q").stdout.split()) == pids
     live("kill", *pids)
