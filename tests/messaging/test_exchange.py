@@ -269,12 +269,8 @@ def test_a_call_that_is_said_again_is_done_once(desk: Desk) -> None:
     assert desk.words() == ["a"]
 
 
-class Flood:
-    """A service that answers with so many bytes."""
-
-    def __init__(self, size: int) -> None:
-        self._answer = b"x" * size
-        self.executed = 0
+class Answering:
+    """What a service is that only answers."""
 
     def left(self, session: str, lost: object) -> tuple[NewTask, ...]:
         return ()
@@ -284,6 +280,14 @@ class Flood:
 
     def tick(self) -> tuple[NewTask, ...]:
         return ()
+
+
+class Flood(Answering):
+    """A service that answers with so many bytes."""
+
+    def __init__(self, size: int) -> None:
+        self._answer = b"x" * size
+        self.executed = 0
 
     def execute(self, request: bytes, session: str, role: Role) -> Served:
         self.executed += 1
@@ -399,10 +403,10 @@ def test_answers_take_no_space_that_others_need(path: Path) -> None:
     blobs = BlobStore(path.parent / "blobs", 0.0)
     connection = sqlite3.connect(path, isolation_level=None)
 
-    def make_room(size: int) -> None:
-        desk.refuse_new = "the disk" if size > MAX_BODY_BYTES else None
+    def full_with(size: int) -> str | None:
+        return "the disk" if size > MAX_BODY_BYTES else None
 
-    desk: Exchange[str] = Exchange(connection, service=Flood(MAX_BODY_BYTES), blobs=blobs, before_batch=make_room)
+    desk: Exchange[str] = Exchange(connection, service=Flood(MAX_BODY_BYTES), blobs=blobs, full_with=full_with)
     desk.process(0.0, [("r", encode(Hello(session="s", peer=Peer())))])
     frames = [encode(Call(id=1, requests=(b"", b""))), encode(send(2))]
     [(_, refused), (_, stored)] = desk.process(0.0, [("r", frame) for frame in frames])
@@ -500,16 +504,7 @@ def test_nonsense_is_counted_and_then_ignored(desk: Desk) -> None:
 def test_what_a_call_made_true_is_told_after_its_commit(path: Path) -> None:
     """The service's broadcasts reach whoever listens; those of a call that was undone reach nobody."""
 
-    class Announcer:
-        def left(self, session: str, lost: object) -> tuple[NewTask, ...]:
-            return ()
-
-        def due(self) -> None:
-            return None
-
-        def tick(self) -> tuple[NewTask, ...]:
-            return ()
-
+    class Announcer(Answering):
         def execute(self, request: bytes, session: str, role: Role) -> Served:
             if request == b"refuse":
                 raise InvalidStateError("finished", "waiting")

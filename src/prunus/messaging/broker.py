@@ -899,7 +899,7 @@ class BrokerCore:
 
     def _have_read(self) -> list[str]:
         """The sessions that were told as much as can be on its way, of those that read what is sent to them."""
-        return [session for session in {**self._untold, **self._queues.full} if not self.is_stuck(session)]
+        return [session for session in {**self._untold, **self._queues.to_read} if not self.is_stuck(session)]
 
     def _continue_edit(self, edit: _EditInHand) -> bool:
         """Do the next tasks of it; whether that was all. Meanwhile each may have become what the edit is not about."""

@@ -201,6 +201,7 @@ class Exchange(Generic[Route]):
         failpoint: Callable[[str], None] = lambda name: None,
         on_session: Callable[[str, Peer | None], None] = lambda session, peer: None,
         before_batch: Callable[[int], None] = lambda size: None,
+        full_with: Callable[[int], str | None] = lambda size: None,
         principal_of: Callable[[Route], Principal] = lambda route: OWNER,
     ) -> None:
         """Read what is on disk and raise the broker epoch (one commit).
@@ -211,8 +212,8 @@ class Exchange(Generic[Route]):
 
         `failpoint` is called with ``before_commit``, ``after_commit`` and (by the server) ``after_send``;
         `on_session` when a session is known (with its process) or gone (None); `before_batch` with the bytes that
-        came, before anything is done with them, and with those of a blob of the broker's own. `principal_of` says who
-        speaks on a connection.
+        came, before anything is done with them. `full_with` gives the path of the disk if so many bytes of the broker's
+        own have no room on it. `principal_of` says who speaks on a connection.
         """
         if connection.isolation_level is not None:
             raise ValueError("open the connection with isolation_level=None: the exchange begins and commits itself")
@@ -223,6 +224,7 @@ class Exchange(Generic[Route]):
         self.failpoint = failpoint
         self.on_session = on_session
         self.before_batch = before_batch
+        self.full_with = full_with
         self.principal_of = principal_of
         self.is_stuck: Callable[[Route], bool] = lambda route: False
         """Whether a connection should get no more of what can be refused or dropped: its peer does not read."""
@@ -786,10 +788,7 @@ class Exchange(Generic[Route]):
         if self._blobs is None or sum(map(len, answers)) <= MAX_BODY_BYTES or not self._may_read_blobs(session):
             return CallDone(id=call.id, answers=answers)
         data = encode_answers(answers)
-        self.before_batch(len(data))
-        full = self.refuse_new or self._refuse_changes
-        self.before_batch(0)  # that there is no room for this is nobody else's affair
-        if full is not None:
+        if (full := self.refuse_new or self._refuse_changes or self.full_with(len(data))) is not None:
             raise StoreFullError(full)
         digest = hashlib.sha256(data).hexdigest()
         self._blobs.put(now, session, digest, 0, len(data), data)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import itertools
 import logging
 import os
@@ -24,13 +23,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime
-from enum import Enum
-from numbers import Real
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar, assert_never, get_args
-
-import msgspec
+from typing import Any, Literal, TypeVar, assert_never
 
 from prunus.errors import (
     BlobNotFoundError,
@@ -39,13 +34,29 @@ from prunus.errors import (
     ConnectionLostError,
     Failure,
     ForkedProcessError,
-    MessageTooLargeError,
     ProtocolError,
     PrunusError,
     TaskRejectedError,
-    speakable,
 )
-from prunus.messaging.blobs import is_digest
+from prunus.messaging.arguments import (
+    as_bytes,
+    check_callback,
+    check_if_pending,
+    check_limits,
+    check_names,
+    check_number,
+    check_optional_names,
+    check_page,
+    check_patience,
+    check_place,
+    check_priority,
+    check_seconds,
+    check_tasks,
+    checked_body,
+    checked_digest,
+    checked_resources,
+    wall_clock,
+)
 from prunus.messaging.client import (
     OVER,
     Answered,
@@ -84,13 +95,10 @@ from prunus.messaging.deliveries import (
     nothing,
 )
 from prunus.messaging.handover import Callback, Handover, Job, Jobs, Waiter, serving
-from prunus.messaging.inventory import MAX_LISTED, QueueLimits, Statistics, TaskInfo, TaskPlace
+from prunus.messaging.inventory import QueueLimits, Statistics, TaskInfo, TaskPlace
 from prunus.messaging.liveness import this_peer
 from prunus.messaging.messages import (
     CHUNK_BYTES,
-    MAX_MOMENT,
-    MAX_NAME_CHARS,
-    MAX_PRIORITY,
     BlobGet,
     BlobHeld,
     BlobPart,
@@ -130,8 +138,6 @@ CLOSE_TIMEOUT_S = 2.0
 """How long `close` waits for the broker to hear it; a broker that does not will find out by itself."""
 LAST_CALL_S = 0.2
 """How long it waits for a connection that is just being made anew, so as not to be taken for somebody who is there."""
-MAX_TIMEOUT_S = 1e9
-"""The longest time-out of a question, some thirty years."""
 LOOK_FOR_CLOSED_LOOPS_S = 2.0
 """How often handlers are looked for whose loop was closed."""
 
@@ -193,16 +199,14 @@ class PeerCommunicator(ABC):
         max_attempts: int = 0,
         resources: Mapping[str, int] | None = None,
     ) -> Receipt:
-        _check_names(queue)
-        _check_optional_names(key, subject)
-        if not _is_whole(priority) or not 0 <= priority <= MAX_PRIORITY:
-            raise ValueError(f"a priority is from 0 to {MAX_PRIORITY}, not {priority!r:.100}")
-        if if_pending not in ("join", "replace"):
-            raise ValueError(f"if_pending is 'join' or 'replace', not {if_pending!r}")
-        _check_number("max_attempts", max_attempts)
-        tokens = _checked_resources(resources) if resources else ()
-        start, end = _wall_clock("not_before", not_before), _wall_clock("expires_at", expires_at)
-        task, body = f"{self._prefix}-{next(self._numbers):x}", _as_bytes(body)
+        check_names(queue)
+        check_optional_names(key, subject)
+        check_priority(priority)
+        check_if_pending(if_pending)
+        check_number("max_attempts", max_attempts)
+        tokens = checked_resources(resources) if resources else ()
+        start, end = wall_clock("not_before", not_before), wall_clock("expires_at", expires_at)
+        task, body = f"{self._prefix}-{next(self._numbers):x}", as_bytes(body)
         in_message, blob = (body, None) if len(body) <= MAX_BODY_BYTES else (b"", await self.blob_put(body))
 
         def make(id: int) -> TaskSend:
@@ -231,9 +235,9 @@ class PeerCommunicator(ABC):
             return await self._request(make, convert)
 
     async def rpc_send(self, recipient: str, body: bytes, *, timeout_s: float = RPC_TIMEOUT_S) -> bytes:
-        _check_names(recipient)
-        _check_seconds(timeout_s)
-        body = _checked_body(body)
+        check_names(recipient)
+        check_seconds(timeout_s)
+        body = checked_body(body)
         outcome = await self._request(
             lambda id: RpcRequest(id=id, recipient=recipient, body=body, timeout_s=timeout_s),
             _outcome,
@@ -242,8 +246,8 @@ class PeerCommunicator(ABC):
         return result_or_raise(outcome)
 
     async def broadcast_send(self, body: bytes, *, sender: str | None = None, subject: str | None = None) -> None:
-        _check_optional_names(sender, subject)
-        body = _checked_body(body)
+        check_optional_names(sender, subject)
+        body = checked_body(body)
         await self._request(lambda id: BroadcastSend(id=id, body=body, sender=sender, subject=subject), nothing)
 
     async def add_task_subscriber(
@@ -255,18 +259,17 @@ class PeerCommunicator(ABC):
         subject: str | None = None,
         shared: bool = False,
     ) -> TaskSubscription:
-        _check_names(queue)
-        _check_optional_names(subject)
-        _check_number("credit", credit)
+        check_names(queue)
+        check_optional_names(subject)
+        check_number("credit", credit)
         return await self._subscribe(TaskSubscription(self, handler, queue, subject, credit, bool(shared)))
 
     async def next_task(
         self, *, queue: str = DEFAULT_QUEUE, subject: str | None = None, timeout_s: float | None = None
     ) -> Taken:
-        _check_names(queue)
-        _check_optional_names(subject)
-        if timeout_s is not None and not (isinstance(timeout_s, Real) and timeout_s == timeout_s):  # the latter: NaN
-            raise ValueError(f"a time-out is a number of seconds, or None for no end, not {timeout_s!r:.100}")
+        check_names(queue)
+        check_optional_names(subject)
+        check_patience(timeout_s)
         pull = Pull(self, queue, subject)
         try:
             await self._subscribe(pull)
@@ -283,7 +286,7 @@ class PeerCommunicator(ABC):
             raise
 
     async def add_rpc_subscriber(self, handler: RpcHandler, identifier: str) -> RpcSubscription:
-        _check_names(identifier)
+        check_names(identifier)
         return await self._subscribe(RpcSubscription(self, handler, identifier))
 
     async def add_broadcast_subscriber(
@@ -294,9 +297,9 @@ class PeerCommunicator(ABC):
         subject: str | None = None,
         on_missed: Callable[[int], None] | None = None,
     ) -> BroadcastSubscription:
-        _check_optional_names(sender, subject)
+        check_optional_names(sender, subject)
         if on_missed is not None:
-            _check_callback(on_missed)
+            check_callback(on_missed)
         number = next(self._numbers)
         return await self._subscribe(BroadcastSubscription(self, number, handler, (sender, subject), on_missed))
 
@@ -311,11 +314,9 @@ class PeerCommunicator(ABC):
         limit: int = 100,
         bodies: bool = False,
     ) -> list[TaskInfo]:
-        _check_optional_names(queue, task, key)
-        _check_place(place)
-        _check_number("after", after)
-        if not _is_whole(limit) or not 1 <= limit <= MAX_LISTED:
-            raise ValueError(f"a page has from 1 to {MAX_LISTED} tasks, not {limit}; ask for the next with `after`")
+        check_optional_names(queue, task, key)
+        check_place(place)
+        check_page(after, limit)
 
         def make(id: int) -> TaskList:
             return TaskList(
@@ -337,14 +338,14 @@ class PeerCommunicator(ABC):
         return await self._edit("delete", (), queue, None)
 
     async def configure_queue(self, queue: str, limits: QueueLimits) -> None:
-        _check_names(queue)
-        _check_limits(limits)
+        check_names(queue)
+        check_limits(limits)
         await self._request(lambda id: QueueConfigure(id=id, queue=queue, limits=limits), nothing)
 
     async def configure_resource(self, resource: str, capacity: int | None) -> None:
-        _check_names(resource)
+        check_names(resource)
         if capacity is not None:
-            _check_number("capacity", capacity)
+            check_number("capacity", capacity)
         await self._request(lambda id: ResourceConfigure(id=id, resource=resource, capacity=capacity), nothing)
 
     async def statistics(self) -> Statistics:
@@ -354,16 +355,16 @@ class PeerCommunicator(ABC):
         return await upload(self._put_piece, data)
 
     async def blob_get(self, ref: BlobRef) -> bytes:
-        return await self._fetch(_checked_digest(ref))
+        return await self._fetch(checked_digest(ref))
 
     async def blob_save(self, ref: BlobRef, path: Path) -> None:
-        await download_file(self._get_piece, _checked_digest(ref), Path(path))
+        await download_file(self._get_piece, checked_digest(ref), Path(path))
 
     async def call(
         self, requests: Sequence[bytes], *, acks: Sequence[IncomingTask] = (), holding: Sequence[IncomingTask] = ()
     ) -> list[bytes]:
-        bodies = tuple(_checked_body(request) for request in requests)
-        _check_tasks(*acks, *holding)
+        bodies = tuple(checked_body(request) for request in requests)
+        check_tasks(*acks, *holding)
         settled = tuple((task.id, task.epoch) for task in acks)
         if settled:
             self._post(lambda now: self._deliveries.give_up_places(now, settled))
@@ -375,7 +376,7 @@ class PeerCommunicator(ABC):
 
     def on_reconnect(self, callback: Callable[[], None]) -> Callable[[], None]:
         self._check_use()
-        _check_callback(callback)
+        check_callback(callback)
         number = next(self._numbers)
         callbacks = self._deliveries.reconnected
         callbacks[number] = Callback(lambda _: callback())
@@ -516,9 +517,9 @@ class PeerCommunicator(ABC):
         queue: str | None,
         place: TaskPlace | None,
     ) -> int:
-        _check_names(*tasks)
-        _check_optional_names(queue)
-        _check_place(place)
+        check_names(*tasks)
+        check_optional_names(queue)
+        check_place(place)
         if not tasks and queue is None and place is None:
             raise ValueError(f"say which tasks to {action}: by their ids, or all of a queue or a place")
         return await self._request(
@@ -715,7 +716,7 @@ class Taken:
         self._communicator = communicator
 
     async def acknowledge(self, result: bytes | None = None) -> None:
-        outcome = None if result is None else _checked_body(result)
+        outcome = None if result is None else checked_body(result)
         await self._settle(lambda id: TaskAck(id=id, task=self.id, epoch=self.epoch, outcome=outcome))
 
     async def fail(self, error: BaseException) -> None:
@@ -791,98 +792,6 @@ class _Asked(Waiter):
             communicator._resolve(self, error)
         else:
             communicator._waiters[request] = self
-
-
-def _as_bytes(body: bytes) -> bytes:
-    if not isinstance(body, (bytes, bytearray, memoryview)):
-        raise TypeError(f"a body is bytes, not {type(body).__name__}")
-    return bytes(body)
-
-
-def _checked_body(body: bytes) -> bytes:
-    body = _as_bytes(body)
-    if len(body) > MAX_BODY_BYTES:
-        raise MessageTooLargeError(len(body), MAX_BODY_BYTES)
-    return body
-
-
-def _check_optional_names(*names: str | None) -> None:
-    _check_names(*(name for name in names if name is not None))
-
-
-def _check_names(*names: str) -> None:
-    for name in names:
-        if not isinstance(name, str) or len(name) > MAX_NAME_CHARS or not (name.isascii() or speakable(name) == name):
-            raise ValueError(f"a name is a text of up to {MAX_NAME_CHARS} characters, not {name!r:.100}")
-        if type(name) is not str and not isinstance(name, Enum):  # as numpy has one
-            raise ValueError(
-                f"a name is a plain text, not of the type {type(name).__name__}; give str() of {name!r:.100}"
-            )
-
-
-def _check_seconds(timeout_s: float) -> None:
-    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 0 <= timeout_s <= MAX_TIMEOUT_S:
-        raise ValueError(f"a time-out is from 0 to {MAX_TIMEOUT_S:g} seconds, not {timeout_s!r:.100}")
-
-
-def _check_callback(callback: object) -> None:
-    if not callable(callback):
-        raise TypeError(f"a callback is a function, or an object that can be called, not {callback!r:.100}")
-    if inspect.iscoroutinefunction(callback):
-        raise TypeError(f"a callback is called, and nobody awaits it: make it a plain function, not {callback!r:.100}")
-
-
-def _check_tasks(*tasks: object) -> None:
-    for task in tasks:
-        if not (hasattr(task, "id") and hasattr(task, "epoch")):
-            raise TypeError(f"give tasks as they came to a handler or from next_task, not {task!r:.100}")
-
-
-def _checked_digest(ref: BlobRef) -> str:
-    if not isinstance(ref, BlobRef) or not is_digest(ref.digest):
-        raise ValueError(f"this is no reference to a blob: {ref!r:.200}; blob_put gives one")
-    return ref.digest
-
-
-def _check_number(what: str, number: int) -> None:
-    if not _is_whole(number) or not 0 <= number < 2**63:
-        raise ValueError(f"{what} is a whole number from 0 on, below 2**63, not {number!r:.100}")
-
-
-def _is_whole(number: object) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool)
-
-
-def _check_place(place: str | None) -> None:
-    if place is not None and place not in get_args(TaskPlace):
-        raise ValueError(f"a place is one of {', '.join(get_args(TaskPlace))}, not {place!r:.100}")
-
-
-def _check_limits(limits: QueueLimits) -> None:
-    try:
-        msgspec.convert(msgspec.structs.asdict(limits), QueueLimits)
-    except (msgspec.ValidationError, TypeError) as error:
-        raise ValueError(f"these are no limits of a queue: {error}") from None
-
-
-def _checked_resources(resources: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
-    if not isinstance(resources, Mapping):
-        raise TypeError(f"resources are a mapping of names to numbers of tokens, not {resources!r:.100}")
-    _check_names(*resources)
-    for resource, tokens in resources.items():
-        _check_number(f"what a task takes of the resource {resource!r}", tokens)
-    return tuple(resources.items())
-
-
-def _wall_clock(what: str, moment: datetime | None) -> float:
-    """Seconds since 1970, up to the last that can be said; 0: nothing was asked for."""
-    if moment is None:
-        return 0.0
-    if not isinstance(moment, datetime):
-        raise TypeError(f"{what} is a datetime with a time zone, not {moment!r:.100}")
-    if moment.tzinfo is None:
-        raise ValueError(f"{what} needs a time zone, say datetime.now(UTC) + ...; {moment!r} has none")
-    return min(max(moment.timestamp(), 1.0), MAX_MOMENT)
 
 
 def _receipt(answer: TaskStored) -> Receipt:

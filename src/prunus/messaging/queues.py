@@ -206,7 +206,7 @@ class TaskQueues:
         """The `now` at which idle queues made room: looking at all queues for each of many refused tasks takes time."""
         self._awake: dict[str, _Queue] = {}
         self._members: dict[str, _Member] = {}
-        self.full: dict[str, None] = {}
+        self.to_read: dict[str, None] = {}
         """Sessions to which as much was given as can be on its way."""
         self._held_keys: dict[str, Task] = {}
         self._blocked: dict[str, list[Task]] = {}
@@ -228,26 +228,26 @@ class TaskQueues:
     def connect(self, session: str) -> None:
         """It can be given tasks."""
         member = self._members[session]
-        self.full.pop(session, None)
-        was_away = not member.connected or member.is_full
+        self.to_read.pop(session, None)
+        was_away = not member.connected or member.must_read
         member.connected, member.given_bytes = True, 0
         if was_away:
             self._credit_changed(member)
 
     def go_on(self, session: str) -> None:
         """It has read what was given to it, or most of that, and can be given more."""
-        if session in self.full:
+        if session in self.to_read:
             self.connect(session)
 
     def disconnect(self, session: str) -> None:
         """Nothing is given to it until `connect`."""
         self._members[session].connected = False
-        self.full.pop(session, None)
+        self.to_read.pop(session, None)
 
     def leave(self, session: str) -> None:
         """It is gone: it waits for nothing, and what it held is offered to others, with an attempt less."""
         member = self._members.pop(session)
-        self.full.pop(session, None)
+        self.to_read.pop(session, None)
         member.connected = False
         for task in list(member.waits.values()):
             self._forget_waiter(task, session)
@@ -821,7 +821,7 @@ class TaskQueues:
         assert member is not None, "a holder is a session that is known"
         hold, task.hold = task.hold, None
         self._move(queue, task, "")
-        was_full = member.held_bytes >= MAX_HELD_BYTES
+        was_full = member.is_full
         member.give_up(task)
         subscriber = member.subscribers.get((queue.name, hold.pattern))
         if subscriber is not None:
@@ -995,8 +995,8 @@ class TaskQueues:
             self._resources[name].taken += tokens
         member.take(task)
         member.given_bytes += task.size if task.blob is None else 0
-        if member.is_full:
-            self.full[member.name] = None
+        if member.must_read:
+            self.to_read[member.name] = None
         self.delivered += 1
         chosen.busy += 1
         chosen.served = self.delivered
@@ -1208,9 +1208,14 @@ class _Member:
         """How many it holds by its shared subscriptions."""
 
     @property
-    def is_full(self) -> bool:
+    def must_read(self) -> bool:
         """Whether there is no room for more on the way to it."""
         return self.given_bytes >= MAX_GIVEN_BYTES
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it could not say of more that it holds it."""
+        return self.held_bytes >= MAX_HELD_BYTES
 
     def take(self, task: Task) -> None:
         self.held[task.id] = task
@@ -1240,9 +1245,9 @@ class _Subscriber:
 
     def free(self) -> int:
         member = self.member
-        if not member.connected or member.held_bytes >= MAX_HELD_BYTES or member.given_bytes >= MAX_GIVEN_BYTES:
+        if not member.connected or member.is_full or member.must_read:
             return 0
-        return self.credit - (self.member.shared_busy if self.shared else self.busy)
+        return self.credit - (member.shared_busy if self.shared else self.busy)
 
 
 class _Lane:

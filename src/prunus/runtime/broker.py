@@ -242,6 +242,7 @@ class Broker:
                 now=boottime(),
                 lease_s=lease_s,
                 before_batch=self._make_room,
+                full_with=self._full_with,
             )
         except BaseException:
             self._connection.close()
@@ -322,6 +323,9 @@ class Broker:
             self._empty_log(now, SCARCE_WAL_LIMIT_BYTES, shrink=True)
         self._admit(self._guard.room_for(size, now))
 
+    def _full_with(self, size: int) -> str | None:
+        return None if self._guard.room_for(size, boottime()) is Space.NEW_WORK else str(self._database)
+
     def _empty_log(self, now: float, limit: int, *, shrink: bool) -> None:
         if (log_file_bytes if shrink else wal_bytes)(self._database) > limit:
             self._next_emptying_s = now + CHECK_INTERVAL_S
@@ -377,11 +381,10 @@ class Broker:
             put(tasks[begin : begin + RECONCILED_AT_ONCE])
 
     def _statistics(self) -> dict[str, Any]:
-        full = self._guard.room_for(0, boottime()) is not Space.NEW_WORK
         size = self._database.stat().st_size + wal_bytes(self._database)
         counts: dict[str, Any] = msgspec.to_builtins(self.exchange.statistics())
         about = {"pid": os.getpid(), "version": prunus.__version__}
-        return {**counts, "database_bytes": size, "disk_full": full, **about}
+        return {**counts, "database_bytes": size, "disk_full": self._full_with(0) is not None, **about}
 
 
 def _say(found: Sequence[Finding]) -> None:

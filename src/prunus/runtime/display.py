@@ -7,7 +7,6 @@ can't write are replaced by plain ones.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import sys
@@ -15,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -40,8 +39,6 @@ MIN_FAILED_SHOWN = 4
 """So many of them may be failed ones, also if others run."""
 YAML_WIDTH = 90
 UNBOUNDED_WIDTH = 10_000
-DUMB = ("dumb", "unknown")
-"""Terminals (by `TERM`) that know no movements of a cursor."""
 COLUMN_GAP = 2
 READABLE_WIDTH = 24
 """Texts in a column that is narrower are hard to read."""
@@ -150,11 +147,6 @@ def console(*, stderr: bool = False, uncut: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() and not uncut else UNBOUNDED_WIDTH
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False, soft_wrap=width is not None)
-
-
-def can_redraw(stream: IO[str]) -> bool:
-    """Whether what was written to it can be written over: it is a terminal, and not a dumb one."""
-    return stream.isatty() and os.environ.get("TERM", "").lower() not in DUMB
 
 
 def show(console: Console, what: RenderableType, style: str | None = None) -> None:

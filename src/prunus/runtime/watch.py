@@ -28,7 +28,6 @@ from prunus.runtime.display import (
     MAX_CHILDREN_SHOWN,
     Family,
     Trouble,
-    can_redraw,
     choose_children,
     class_name,
     how_far,
@@ -42,6 +41,7 @@ from prunus.runtime.display import (
     trouble,
 )
 from prunus.runtime.selection import ask_all, pages_of
+from prunus.runtime.terminals import can_redraw
 
 REFRESH_S = 2.0
 GATHER_S = 0.05

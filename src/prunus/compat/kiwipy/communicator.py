@@ -19,7 +19,6 @@ import logging
 import os
 import platform
 import threading
-import uuid
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextvars import ContextVar
@@ -30,7 +29,7 @@ import kiwipy
 import prunus
 from prunus.compat.kiwipy import wire
 from prunus.compat.kiwipy.futures import Chain, Outcome, outcome_of_awaiting, unwrap
-from prunus.compat.kiwipy.queues import PrunusTaskQueue
+from prunus.compat.kiwipy.queues import PrunusTaskQueue, new_identifier
 from prunus.compat.kiwipy.threads import Threads
 from prunus.errors import (
     BusyError,
@@ -569,8 +568,3 @@ def _loop_here() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
-
-
-def new_identifier(identifier: Any) -> Any:
-    """The one that was given, or a new one."""
-    return uuid.uuid4().hex if identifier is None else identifier

@@ -70,9 +70,7 @@ class PrunusTaskQueue:
     def add_task_subscriber(self, subscriber: Callable[..., Any], identifier: Any = None) -> Any:
         """Have ``subscriber(communicator, task)`` called for each task. Of several, the first that does not raise
         `kiwipy.TaskRejected` has it; if all do, it is offered again later, to others too."""
-        return self._communicator.call(
-            "add_task_subscriber", lambda: self._add(subscriber, uuid.uuid4().hex if identifier is None else identifier)
-        )
+        return self._communicator.call("add_task_subscriber", lambda: self._add(subscriber, new_identifier(identifier)))
 
     def remove_task_subscriber(self, identifier: Any) -> None:
         """Raises `ValueError` for one that is not there."""
@@ -326,6 +324,11 @@ class PrunusIncomingTask:
         with contextlib.suppress(PrunusError):  # who is closed, or lost it, has it no more
             await self._taken.reject("it was put back")
             await self._communicator.communicator.requeue(self._taken.id)  # untouched, so there is nothing to wait for
+
+
+def new_identifier(identifier: Any) -> Any:
+    """The one that was given, or a new one."""
+    return uuid.uuid4().hex if identifier is None else identifier
 
 
 class _UnreadableError(Exception):

@@ -15,6 +15,7 @@ from prunus.runtime.cli.connection import errors_told_once, refusal, with_contro
 from prunus.runtime.cli.group import Group, Options
 from prunus.runtime.cli.patience import bar
 from prunus.runtime.cli.values import END_OF_INTEGERS
+from prunus.runtime.terminals import can_redraw
 
 if TYPE_CHECKING:
     from prunus.runtime.backend import BrokerStatus
@@ -281,7 +282,7 @@ async def _watch(controller: ProcessController, now: BrokerStatus, here: str) ->
     from prunus.runtime import display, overview
 
     console = display.console()
-    if not display.can_redraw(console.file):
+    if not can_redraw(console.file):
         raise click.UsageError("--watch needs a terminal, and not a dumb one; --json is for programs")
     with Live(overview.broker_picture(now, here), console=console, auto_refresh=False, transient=False) as live:
         while True:

@@ -12,6 +12,7 @@ import click
 from prunus.runtime.cli.connection import run
 from prunus.runtime.cli.group import Group, Options
 from prunus.runtime.cli.patience import patience
+from prunus.runtime.terminals import can_redraw
 
 if TYPE_CHECKING:
     from prunus.runtime.daemon import DaemonStatus, ReloadProgress, StopProgress
@@ -254,7 +255,7 @@ async def _status(profile: Profile, as_json: bool, watch: bool) -> None:
     from prunus.runtime import display, health
 
     console = display.console()
-    if watch and not display.can_redraw(console.file):
+    if watch and not can_redraw(console.file):
         raise click.UsageError("--watch needs a terminal, and not a dumb one; --json is for programs")
     load = health.Load()
     async with patience("waiting for the broker"):

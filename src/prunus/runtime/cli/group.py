@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from prunus.runtime.terminals import is_dumb
+
 if TYPE_CHECKING:
     from prunus.runtime.profile import Profile
 
@@ -329,5 +331,5 @@ def _with_hint(error: Exception, options: Options) -> str:
 def cli(context: click.Context) -> None:
     """Run workflows that survive: launch, watch and control processes."""
     context.ensure_object(Options)
-    if os.environ.get("NO_COLOR") or os.environ.get("TERM") in ("dumb", "unknown"):  # (for tables rich sees to it)
+    if os.environ.get("NO_COLOR") or is_dumb():  # (for tables rich sees to it)
         context.color = False

@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import click
 
+from prunus.runtime.terminals import can_redraw
+
 PATIENCE_S = 1.0
 """A command that takes longer says what it waits for."""
 REDRAW_S = 0.2
@@ -41,8 +43,6 @@ class Meter:
 
     def draw(self) -> None:
         """Show how far it is now."""
-        from prunus.runtime.display import can_redraw
-
         if not can_redraw(sys.stderr):
             if not self._is_said:
                 click.echo(f"{self.waiting_for} ...", err=True)
@@ -123,7 +123,7 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
     Nothing else is to be printed meanwhile."""
     from prunus.runtime import display
 
-    if not display.can_redraw(sys.stderr):
+    if not can_redraw(sys.stderr):
         yield lambda done, total: None
         return
     from rich.progress import Progress

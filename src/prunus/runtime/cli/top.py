@@ -21,7 +21,7 @@ def top(options: Options) -> None:
 
     Keys pause, play, kill and retry the selected process; ? shows all of them, q quits.
     """
-    from prunus.runtime.display import can_redraw
+    from prunus.runtime.terminals import can_redraw
 
     if not (sys.stdin.isatty() and can_redraw(sys.stdout)):
         raise click.UsageError(
