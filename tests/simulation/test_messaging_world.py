@@ -14,8 +14,8 @@ import pytest
 from tests.torture import kept
 from tests.torture.sim import campaign, messaging
 from tests.torture.sim.campaign import run_found, run_seeds
-from tests.torture.sim.messaging import Settings
 from tests.torture.sim.nemesis import FAULTS
+from tests.torture.sim.world import Settings
 from tests.torture.simulated import run_kept
 
 SEEDS = 2000

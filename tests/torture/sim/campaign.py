@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 
 from tests.torture import kept
 from tests.torture.sim import messaging, processes
-from tests.torture.sim.messaging import Outcome, Settings
 from tests.torture.sim.nemesis import FAULTS
+from tests.torture.sim.world import USUAL, Outcome, Settings
 
 WORLDS: dict[str, Callable[[int, Settings], Outcome]] = {"messaging": messaging.run, "processes": processes.run}
 EVERY_FAULT = "all"
@@ -71,7 +71,7 @@ def run_found(world: str) -> Tally:
     return tally
 
 
-def run_seeds(world: str, seeds: Iterable[int], settings: Settings = Settings()) -> Tally:  # noqa: B008 (it is frozen)
+def run_seeds(world: str, seeds: Iterable[int], settings: Settings = USUAL) -> Tally:
     """These, one after the other."""
     tally = Tally()
     for seed in seeds:

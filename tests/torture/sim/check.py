@@ -19,7 +19,7 @@ from tests.torture.sim.history import Delivered, History, Sent
 from tests.torture.sim.nemesis import Fault
 
 if TYPE_CHECKING:
-    from tests.torture.sim.messaging import World
+    from tests.torture.sim.messaging import MessagingWorld
     from tests.torture.sim.peers import SimPeer
 
 DEADLINE_SLACK_S = 1.0
@@ -111,7 +111,7 @@ class Auditor:
         return [Dead(*row) for row in self._disk.connection.execute(DEAD).fetchall()]
 
 
-def delivery(world: World, sent: Sent, record: Delivered, message: TaskDelivery) -> None:
+def delivery(world: MessagingWorld, sent: Sent, record: Delivered, message: TaskDelivery) -> None:
     """A task that a client sent has come to a worker."""
     if sent.ending == "fail":
         world.complain(f"I15: {sent.task} is delivered, and its sender was told {sent.error}")
@@ -128,7 +128,7 @@ def delivery(world: World, sent: Sent, record: Delivered, message: TaskDelivery)
         world.complain(f"{sent.task} is delivered {sent.not_before - wall:.3f} s before its time")
 
 
-def death(world: World, peer: SimPeer) -> None:
+def death(world: MessagingWorld, peer: SimPeer) -> None:
     """A worker has just died. L2: soon nothing is held by it any more, so that others can have it.
 
     Only where one broker lives and is awake all the while: a new one gives everybody a new lease, and so does one that
@@ -150,14 +150,14 @@ def death(world: World, peer: SimPeer) -> None:
     world.timeline.at(max(died_at, *last_words) + patience_s / broker.clock.rate + NOTICE_S, None, look)
 
 
-def after_heal(world: World) -> None:
+def after_heal(world: MessagingWorld) -> None:
     """L3: soon after the last fault everybody is connected again, and served."""
     for peer in world.peers.values():
         if not peer.core.up and not peer.leaving:
             world.complain(f"L3: {peer.session} is not connected 5 s after the last fault")
 
 
-def at_the_end(world: World) -> None:
+def at_the_end(world: MessagingWorld) -> None:
     """Everything that the history must not show."""
     _epochs(world)
     _tasks(world)
@@ -168,13 +168,13 @@ def at_the_end(world: World) -> None:
     _broadcasts(world)
 
 
-def _epochs(world: World) -> None:
+def _epochs(world: MessagingWorld) -> None:
     for before, after in pairwise(world.broker.epochs):
         if after <= before:
             world.complain(f"I11: the broker epoch went from {before} to {after}")
 
 
-def _tasks(world: World) -> None:
+def _tasks(world: MessagingWorld) -> None:
     history, dead = world.history, {one.task: one for one in world.auditor.dead()}
     runs = [one for same in history.delivered.values() for one in same]
     ended = {one.task for one in runs if one.ending in ("acked", "unknown")}
@@ -201,7 +201,7 @@ def _tasks(world: World) -> None:
             world.complain(f"I8: {one.task} is dead ({one.reason}), and ended before")
 
 
-def _merged(world: World) -> set[str]:
+def _merged(world: MessagingWorld) -> set[str]:
     """Tasks that may have ended in another one of their key: those that came back while their equal was pending, and
     those that were replaced."""
     equals: dict[tuple[str, str], list[str]] = {}
@@ -211,7 +211,7 @@ def _merged(world: World) -> set[str]:
     return {task for tasks in equals.values() if len(tasks) > 1 for task in tasks}
 
 
-def _order(world: World) -> None:
+def _order(world: MessagingWorld) -> None:
     """Oldest first within a priority, and higher priorities first: in the order of the epochs of the first deliveries.
 
     Only where no broker died: one that dies between a commit and a send has given away what nobody heard of.
@@ -238,7 +238,7 @@ def _order(world: World) -> None:
                 world.complain(f"order: {earlier.task} was given away before {later.task}, which was there before it")
 
 
-def _results(world: World) -> None:
+def _results(world: MessagingWorld) -> None:
     history = world.history
     calm = not LONG_SILENCES & world.profile.rates.keys()
     for (session, task), results in history.results.items():
@@ -253,7 +253,7 @@ def _results(world: World) -> None:
             world.complain(f"{session} got {results[0]!r}, and {task} ended under {end.epoch}")
 
 
-def _questions(world: World) -> None:
+def _questions(world: MessagingWorld) -> None:
     for asked in world.history.asked.values():
         if len(asked.runs) > 1:
             world.complain(f"I9: {asked.body} was handled {len(asked.runs)} times: {asked.runs}")
@@ -269,7 +269,7 @@ def _questions(world: World) -> None:
             world.complain(f"I9: {asked.body} ended {asked.ended - asked.deadline:.1f} s after its deadline")
 
 
-def _ledger(world: World) -> None:
+def _ledger(world: MessagingWorld) -> None:
     history = world.history
     log = world.disk.connection.execute(LEDGER_LOG).fetchall()
     epochs: dict[str, int] = {}
@@ -288,7 +288,7 @@ def _ledger(world: World) -> None:
             world.complain(f"I15: {written.value} of {written.pid} is there, and its writer was told {written.error}")
 
 
-def _broadcasts(world: World) -> None:
+def _broadcasts(world: MessagingWorld) -> None:
     history = world.history
     for (listener, sender), numbers in history.heard.items():
         if sender in history.resenders:
@@ -300,7 +300,7 @@ def _broadcasts(world: World) -> None:
             _holes(world, peer)
 
 
-def _holes(world: World, peer: SimPeer) -> None:
+def _holes(world: MessagingWorld, peer: SimPeer) -> None:
     """Who was connected all the while has heard what was for him, or was told how many he missed."""
     history = world.history
     mine = [said for said in history.said.values() if peer.wants(said.session.rpartition(".")[0], said.subject)]

@@ -6,13 +6,8 @@ drained, and looked at (see `check`).
 
 from __future__ import annotations
 
-import random
-import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from unittest import mock
+from collections.abc import Iterable
 
 from prunus.messaging.exchange import Exchange
 from prunus.messaging.messages import (
@@ -27,15 +22,12 @@ from prunus.messaging.messages import (
 )
 from tests.torture.sim import check, ledger
 from tests.torture.sim.broker_node import BrokerNode
-from tests.torture.sim.disk import Disk
-from tests.torture.sim.faults import FAILED_COMMITS, Faults
-from tests.torture.sim.history import Delivered, History
-from tests.torture.sim.nemesis import Profile
-from tests.torture.sim.network import Connection, Network
+from tests.torture.sim.history import Delivered
+from tests.torture.sim.network import Connection
 from tests.torture.sim.peers import SimPeer
-from tests.torture.sim.timeline import Clock, Node, Timeline
+from tests.torture.sim.timeline import Clock, Node
+from tests.torture.sim.world import USUAL, Outcome, Settings, World
 
-HORIZONS_S = (8.0, 50.0)
 DRAIN_S = 150.0
 """By then everything must be over after the last fault: leases, patience and the longest work included."""
 QUIET_S = 6.0
@@ -48,78 +40,26 @@ AUDIT_SHARE = 0.2
 """How many commits are followed by a look at the tables."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a run is like, apart from its seed."""
+class MessagingWorld(World):
+    """See the module."""
 
-    synced: bool = True
-    """False: the disk loses commits that the broker was told are there."""
-    without: frozenset[str] = frozenset()
-    """Faults that do not happen."""
-    deeds: int | None = None
-    """Only the first so many."""
-    special: bool = True
-    """Tasks have subjects, times, limits and so on."""
-    editing: bool = True
-    trace: bool = False
+    horizons_s = (8.0, 50.0)
+    rate_error = 0.1
+    wall_error_s = 60.0
 
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of a run."""
-
-    seed: int
-    complaints: list[str]
-    counts: dict[str, int]
-    checksum: int
-    """Of all frames, in their order: the same for the same seed."""
-    virtual_s: float
-    trace: list[str]
-
-
-class World(Faults):
-    """See the module. `run` once."""
-
-    def __init__(self, seed: int, settings: Settings = Settings()) -> None:
-        self.seed, self.settings = seed, settings
-        self.profile = Profile.of(seed, without=settings.without, horizons_s=HORIZONS_S)
-        self.timeline = Timeline()
-        self.chance = random.Random(f"{seed} nemesis")
-        self.history = History()
-        self.network = Network(self.timeline, self.profile, random.Random(f"{seed} network"))
-        self.disk = Disk(random.Random(f"{seed} disk"), synced=settings.synced)
-        self.trace: list[str] = []
-        self.checksum = 0
+    def __init__(self, seed: int, settings: Settings) -> None:
+        super().__init__(seed, settings)
         self._unique = 0
-        self._lives: dict[str, int] = {}
         self.peers: dict[str, SimPeer] = {}
-        self._auditing = random.Random(f"{seed} audit")
-        self.broker = BrokerNode(
-            self.timeline,
-            self.network,
-            self.disk,
-            random.Random(f"{seed} broker"),
-            self._clock(),
-            service=lambda node: ledger.Ledger(self.disk.connection, lambda: node.clock.wall(self.timeline.now)),
-            complain=self.complain,
-        )
-        self.broker.watchers.append(self._audit)
         self.auditor = check.Auditor(self.disk, self.history)
 
+    def _service(self, node: BrokerNode) -> ledger.Ledger:
+        return ledger.Ledger(self.disk.connection, lambda: node.clock.wall(self.timeline.now))
+
+    def _everybody(self) -> Iterable[SimPeer]:
+        return self.peers.values()
+
     # --- for all who are in it ---
-
-    def complain(self, text: str) -> None:
-        self.history.complain(f"{self.timeline.now:9.4f} {text}")
-        self.note(f"WRONG: {text}")
-
-    def count(self, what: str) -> None:
-        self.history.counts[what] += 1
-        self.note(what)
-
-    def note(self, text: str) -> None:
-        if self.settings.trace:
-            node = self.timeline.node
-            self.trace.append(f"{self.timeline.now:9.4f} {node.name if node else '':7} {text}")
 
     def unique(self, prefix: str) -> str:
         self._unique += 1
@@ -163,21 +103,6 @@ class World(Faults):
 
     # --- the run ---
 
-    def run(self) -> Outcome:
-        with virtual_time(self.timeline):
-            try:
-                self._live()
-            except Exception as error:  # of the product (or of the rig): the seed is kept in both cases
-                self.complain(f"{type(error).__name__}: {error}")
-                if self.settings.trace:
-                    raise
-            finally:
-                self.disk.close()
-        counts = {**self.history.counts, **{f"network: {name}": count for name, count in self.network.counts.items()}}
-        counts["broker killed"], counts["broker stopped by its disk"] = self.broker.deaths, self.broker.stops
-        counts["commits that failed"] = self.disk.failed
-        return Outcome(self.seed, self.history.complaints, counts, self.checksum, self.timeline.now, self.trace)
-
     def _live(self) -> None:
         profile, timeline = self.profile, self.timeline
         self.broker.start()
@@ -190,8 +115,7 @@ class World(Faults):
         who = [f"p{self.chance.randrange(number_of_peers)}" for _ in range(deeds)]
         for when, name in list(zip(times, who, strict=True))[: self.settings.deeds]:
             timeline.at(when, None, self._deed, name)
-        for fault, rate in profile.rates.items():
-            self._plan(fault, rate)
+        self._plan_faults()
         timeline.run(profile.heal_at_s)
         self._heal()
         for name in self.peers:
@@ -222,13 +146,6 @@ class World(Faults):
         self._lives[name] = self._lives.get(name, 0) + 1
         self.peers[name] = SimPeer(self, name, self._lives[name], self._clock())
 
-    def _clock(self) -> Clock:
-        clock = Clock(origin_s=self.chance.uniform(0.0, 1e6))
-        if "skew" in self.profile:
-            clock.rate = self.chance.uniform(0.9, 1.1)
-            clock.wall_error_s = self.chance.uniform(-60.0, 60.0)
-        return clock
-
     def _watch_frames(self) -> None:
         receive = self.broker._receive
 
@@ -253,22 +170,6 @@ class World(Faults):
             self.auditor.look(exchange)
 
     # --- faults ---
-
-    def _plan(self, fault: str, rate: float) -> None:
-        """The times at which a fault happens. (Those of frames and commits are looked up there.)"""
-        if fault == "failed_commit":
-            self.disk.failure_rate = rate * FAILED_COMMITS
-        if (happen := getattr(self, f"_fault_{fault}", None)) is None:
-            return
-        when = self.chance.expovariate(rate)
-        while when < self.profile.heal_at_s:
-            self.timeline.at(when, None, self._fault, fault, happen)
-            when += self.chance.expovariate(rate)
-
-    def _fault(self, name: str, happen: Callable[[], None]) -> None:
-        if not self.network.calm:
-            self.count(f"fault: {name}")
-            happen()
 
     def _somebody(self) -> SimPeer:
         return self.peers[self.chance.choice(sorted(self.peers))]
@@ -325,15 +226,6 @@ class World(Faults):
                 frame = encode(Hello(session=stranger.victims[-1].session, peer=Peer(), secret="guessed"))
             self.network.say(stranger.connection, frame)
 
-    def _heal(self) -> None:
-        self.network.heal()
-        self.disk.failure_rate = 0.0
-        self.broker.armed = None
-        for node in (self.broker, *self.peers.values()):
-            node.paused_until = min(node.paused_until, self.timeline.now)
-            node.clock.wall_error_s = 0.0
-        self.note("healed")
-
     # --- the end ---
 
     def _is_quiet(self) -> bool:
@@ -350,7 +242,7 @@ class World(Faults):
 class _Stranger:
     """It never says anything that gives it a right to be welcome."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: MessagingWorld) -> None:
         self.world = world
         self.victims: list[SimPeer] = []
         """Those for whom it said that it speaks."""
@@ -367,17 +259,6 @@ class _Stranger:
         pass
 
 
-@contextmanager
-def virtual_time(timeline: Timeline) -> Iterator[None]:
-    """All clocks of this process are those of the program in the world that runs now."""
-    with (
-        mock.patch.object(time, "time", timeline.wall_time),
-        mock.patch.object(time, "time_ns", timeline.wall_time_ns),
-        mock.patch.object(time, "monotonic", timeline.boottime),
-    ):
-        yield
-
-
-def run(seed: int, settings: Settings = Settings()) -> Outcome:
+def run(seed: int, settings: Settings = USUAL) -> Outcome:
     """One run."""
-    return World(seed, settings).run()
+    return MessagingWorld(seed, settings).run()

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.torture.sim import campaign
-from tests.torture.sim.messaging import Outcome, Settings
 from tests.torture.sim.nemesis import FAULTS
+from tests.torture.sim.world import Outcome, Settings
 
 _ANNOTATIONS = __future__.annotations.compiler_flag
 

@@ -58,7 +58,7 @@ from tests.torture.sim.network import Connection
 from tests.torture.sim.timeline import Clock, Node
 
 if TYPE_CHECKING:
-    from tests.torture.sim.messaging import World
+    from tests.torture.sim.messaging import MessagingWorld
 
 QUEUES = ("a", "b")
 SHARED_NAME = "shared"
@@ -83,7 +83,7 @@ class Job:
 class SimPeer(Node):
     """See the module. It is an `Endpoint` of the network."""
 
-    def __init__(self, world: World, name: str, life: int, clock: Clock) -> None:
+    def __init__(self, world: MessagingWorld, name: str, life: int, clock: Clock) -> None:
         super().__init__(name, clock)
         self.world = world
         self.session = f"{name}.{life}"

@@ -13,7 +13,7 @@ import random
 import secrets
 import zlib
 from asyncio import events as asyncio_events
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from itertools import pairwise
 from typing import Any, ClassVar
 from unittest import mock
@@ -39,16 +39,11 @@ from prunus.runtime.backend import ProcessService
 from prunus.runtime.controller import ProcessController
 from prunus.runtime.worker import Worker
 from tests.torture.sim.broker_node import BrokerNode
-from tests.torture.sim.disk import Disk
-from tests.torture.sim.faults import FAILED_COMMITS, Faults
-from tests.torture.sim.history import History
-from tests.torture.sim.messaging import Outcome, Settings, virtual_time
-from tests.torture.sim.nemesis import Profile
 from tests.torture.sim.network import Connection, Network
 from tests.torture.sim.timeline import Clock, Node, Timeline
 from tests.torture.sim.virtual_loop import VirtualLoop
+from tests.torture.sim.world import USUAL, Outcome, Settings, World
 
-HORIZONS_S = (10.0, 90.0)
 DRAIN_S = 400.0
 """By then everything must have ended after the last fault; each process waits some times for some seconds."""
 PLAY_INTERVAL_S = 3.0
@@ -227,56 +222,30 @@ class Program(Node):
         self.world.ended(self)
 
 
-class ProcessWorld(Faults):
-    """See the module. `run` once."""
+class ProcessWorld(World):
+    """See the module."""
 
-    def __init__(self, seed: int, settings: Settings = Settings()) -> None:  # noqa: B008 (it is frozen)
-        self.seed, self.settings = seed, settings
-        self.profile = Profile.of(seed, without=settings.without | {"rogue", "meddle"}, horizons_s=HORIZONS_S)
-        self.timeline = Timeline()
-        self.chance = random.Random(f"{seed} nemesis")
-        self.history = History()
-        self.network = Network(self.timeline, self.profile, random.Random(f"{seed} network"))
-        self.disk = Disk(random.Random(f"{seed} disk"), synced=settings.synced)
+    horizons_s = (10.0, 90.0)
+    never = frozenset({"rogue", "meddle"})
+    rate_error = 0.05
+    wall_error_s = 10.0
+
+    def __init__(self, seed: int, settings: Settings) -> None:
+        super().__init__(seed, settings)
         self.disk.connection.deserialize(_empty_database())
         self.loop = VirtualLoop(self.timeline, random.Random(f"{seed} turns"), self._loop_complains)  # type: ignore[abstract]  # no sockets, no processes
-        self.trace: list[str] = []
         self.store: ProcessStore | None = None
         self.workers: dict[str, Program] = {}
         self.callers: dict[str, Program] = {}
         self.launched: dict[str, asyncio.Task[object]] = {}
         self.calls: dict[asyncio.Task[object], str] = {}
-        self._tasks: dict[asyncio.Task[Any], Node | None] = {}
-        self._lives: dict[str, int] = {}
         self._epochs: dict[str, int] = {}
         self._ends: dict[str, str] = {}
-        self._auditing = random.Random(f"{seed} audit")
-        self.broker = BrokerNode(
-            self.timeline,
-            self.network,
-            self.disk,
-            random.Random(f"{seed} broker"),
-            self._clock(),
-            service=self._service,
-            complain=self.complain,
-        )
-        self.broker.watchers.append(self._audit)
-        self.checksum = 0
+
+    def _everybody(self) -> Iterable[Program]:
+        return (*self.workers.values(), *self.callers.values())
 
     # --- for all who are in it ---
-
-    def complain(self, text: str) -> None:
-        self.history.complain(f"{self.timeline.now:9.4f} {text}")
-        self.note(f"WRONG: {text}")
-
-    def count(self, what: str) -> None:
-        self.history.counts[what] += 1
-        self.note(what)
-
-    def note(self, text: str) -> None:
-        if self.settings.trace:
-            node = self.timeline.node
-            self.trace.append(f"{self.timeline.now:9.4f} {node.name if node else '':10} {text}")
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         return self.loop.create_task(coroutine)
@@ -298,19 +267,8 @@ class ProcessWorld(Faults):
 
     def run(self) -> Outcome:
         Trip.journal.clear()
-        with virtual_time(self.timeline), _seeded(self.seed), _running(self.loop):
-            try:
-                self._live()
-            except Exception as error:  # of the product (or of the rig): the seed is kept in both cases
-                self.complain(f"{type(error).__name__}: {error}")
-                if self.settings.trace:
-                    raise
-            finally:
-                self._leave()
-                self.disk.close()
-        counts = {**self.history.counts, **{f"network: {name}": count for name, count in self.network.counts.items()}}
-        counts["broker killed"], counts["broker stopped by its disk"] = self.broker.deaths, self.broker.stops
-        return Outcome(self.seed, self.history.complaints, counts, self.checksum, self.timeline.now, self.trace)
+        with _seeded(self.seed), _running(self.loop):
+            return super().run()
 
     def _live(self) -> None:
         profile, timeline, chance = self.profile, self.timeline, self.chance
@@ -322,8 +280,7 @@ class ProcessWorld(Faults):
         deeds = sorted(chance.uniform(0.0, profile.heal_at_s * 0.8) for _ in range(chance.randint(*DEEDS)))
         for when in deeds[: self.settings.deeds]:
             timeline.at(when, None, self._deed)
-        for fault, rate in profile.rates.items():
-            self._plan(fault, rate)
+        self._plan_faults()
         timeline.run(profile.heal_at_s)
         self._heal()
         for when in range(int(DRAIN_S / PLAY_INTERVAL_S)):
@@ -362,13 +319,6 @@ class ProcessWorld(Faults):
     def _bear_caller(self, name: str) -> None:
         program = self.callers[name] = Program(self, name, self._clock())
         self.timeline.at(self.timeline.now, program, program.start_caller)
-
-    def _clock(self) -> Clock:
-        clock = Clock(origin_s=self.chance.uniform(0.0, 1e6))
-        if "skew" in self.profile:
-            clock.rate = self.chance.uniform(0.95, 1.05)
-            clock.wall_error_s = self.chance.uniform(-10.0, 10.0)
-        return clock
 
     # --- deeds ---
 
@@ -410,20 +360,6 @@ class ProcessWorld(Faults):
             self.timeline.at(self.timeline.now, caller, self._call, caller, "play", pid)
 
     # --- faults ---
-
-    def _plan(self, fault: str, rate: float) -> None:
-        if fault == "failed_commit":
-            self.disk.failure_rate = rate * FAILED_COMMITS
-        happen = getattr(self, f"_fault_{fault}", None)
-        when = self.chance.expovariate(rate)
-        while happen is not None and when < self.profile.heal_at_s:
-            self.timeline.at(when, None, self._fault, fault)
-            when += self.chance.expovariate(rate)
-
-    def _fault(self, name: str) -> None:
-        if not self.network.calm:
-            self.count(f"fault: {name}")
-            getattr(self, f"_fault_{name}")()
 
     def _somebody(self) -> Program:
         everybody = {**self.workers, **self.callers}
@@ -484,15 +420,6 @@ class ProcessWorld(Faults):
     def _fault_wall_jump(self) -> None:
         node = self.chance.choice((self.broker, self._somebody()))
         node.clock.wall_error_s = self.chance.uniform(-30.0, 30.0)
-
-    def _heal(self) -> None:
-        self.network.heal()
-        self.disk.failure_rate = 0.0
-        self.broker.armed = None
-        for node in (self.broker, *self.workers.values(), *self.callers.values()):
-            node.paused_until = min(node.paused_until, self.timeline.now)
-            node.clock.wall_error_s = 0.0
-        self.note("healed")
 
     # --- what must hold ---
 
@@ -615,6 +542,6 @@ def _running(loop: VirtualLoop) -> Iterator[None]:
         asyncio_events._set_running_loop(None)
 
 
-def run(seed: int, settings: Settings = Settings()) -> Outcome:  # noqa: B008 (it is frozen)
+def run(seed: int, settings: Settings = USUAL) -> Outcome:
     """One run."""
     return ProcessWorld(seed, settings).run()
