@@ -785,6 +785,16 @@ def test_after_a_restart_the_holder_keeps_its_task() -> None:
     assert bench.say("bob", TaskAck(id=1, task="t1", epoch=(EPOCH << 32) + 1)) == [("bob", Done(id=1))]
 
 
+def test_after_a_restart_what_nobody_holds_is_offered() -> None:
+    """Its holder is not among the sessions; also if the wall clock was put back behind the moment in which it got it."""
+    state = held_by_bob()
+    for task in state.tasks:
+        task.not_before = WALL + 50.0
+    bench = Bench(StoredState(tasks=state.tasks), EPOCH + 1)
+    [(to, _)] = bench.deliveries(bench.hello("cat", queues=(("default", 5),)))
+    assert to == "cat"
+
+
 def test_after_a_restart_the_holder_has_one_lease() -> None:
     """If it does not come back, its task goes to others, under an epoch above all old ones."""
     bench = Bench(held_by_bob(), EPOCH + 1)

@@ -93,6 +93,8 @@ class BrokerMachine(RuleBasedStateMachine):
         """Settled, deleted, replaced, or merged with an equal."""
         self.meant: set[str] = set()
         """What this step may end."""
+        self.hurried: set[str] = set()
+        """Tasks that were requeued: they wait for nothing."""
         self.epochs: dict[str, int] = {}
         self.limits: dict[str, QueueLimits] = {}
         self.rows: dict[str, Task] = {}
@@ -155,10 +157,11 @@ class BrokerMachine(RuleBasedStateMachine):
         peer, sent = self.peers[task.hold.session], self.accepted[task.id]
         assert peer.connected, "given to somebody who is not there"
         assert task.id not in self.over, "given out after its end"
+        was_due = sent.not_before <= self.wall or task.id in self.epochs or task.id in self.hurried
+        assert was_due, "too early"
         assert task.hold.epoch > self.epochs.get(task.id, 0), "the epoch must rise"
         self.epochs[task.id] = task.hold.epoch
         assert matcher(task.hold.pattern)(sent.subject)
-        assert sent.not_before <= self.wall or task.attempt > 1 or not task.not_before, "too early"
         assert not task.expires_at or task.expires_at > self.wall, "too late"
         assert not sent.max_attempts or task.attempt <= sent.max_attempts
         assert self.store.body(task.number) == sent.body
@@ -383,6 +386,8 @@ class BrokerMachine(RuleBasedStateMachine):
         touched = set(named) if named else {one.id for one in self.rows.values() if one.queue == queue}
         held = self._holders().keys() & touched
         self.meant = touched - held if action == "delete" else set()
+        if action == "requeue":
+            self.hurried |= touched
         edit = TaskEdit(id=peer.next_id(), action=action, tasks=named, queue=None if named else queue)
         self._say(peer, edit)
         [edited] = [one for one in peer.inbox if isinstance(one, Edited) and one.id == edit.id]

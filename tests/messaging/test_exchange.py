@@ -1121,6 +1121,42 @@ def test_the_broker_has_ids_of_its_own(desk: Desk) -> None:
     assert len(desk.tasks()) == 2
 
 
+# --- how long it is held ---
+
+
+def test_a_restart_does_not_make_a_held_task_younger(path: Path) -> None:
+    """A step of thirty days has its age, whichever broker is asked; the oldest hold is told for its queue."""
+    wall = 1000.0
+    connection = sqlite3.connect(path, isolation_level=None)
+
+    def start() -> Exchange[str]:
+        return Exchange(connection, wall_clock=lambda: wall)
+
+    def ask(exchange: Exchange[str], *messages: ClientMessage, now: float = 0.0) -> list[BrokerMessage]:
+        return [
+            decode_from_broker(frame) for _, frame in exchange.process(now, [("r", encode(one)) for one in messages])
+        ]
+
+    exchange = start()
+    hello = Hello(session="s", peer=Peer(), queues=(("default", 2),))
+    sends = [TaskSend(id=number, task=f"t{number}", body=b"") for number in (1, 2)]
+    first, second = (one for one in ask(exchange, hello, *sends) if isinstance(one, TaskDelivery))
+    wall += 100.0
+    ask(exchange, TaskNack(id=3, task="t1", epoch=first.epoch, reason="later"), now=100.0)
+    again = [one for _, one in exchange.tick(101.0)]
+    [first] = [one for one in map(decode_from_broker, again) if isinstance(one, TaskDelivery)]
+    wall += 2_592_000.0
+    held = (("t1", first.epoch), ("t2", second.epoch))
+    exchange = start()
+    [_, listed] = ask(exchange, msgspec.structs.replace(hello, held=held), TaskList(id=4))
+    assert isinstance(listed, TasksListed)
+    assert {task.id: task.held_s for task in listed.tasks} == {"t1": 2_592_000.0, "t2": 2_592_100.0}
+    assert exchange.statistics().queues["default"].longest_held_s == 2_592_100.0
+    wall -= 3_000_000.0  # the wall clock is put back: as if it had just been given
+    assert start().statistics().queues["default"].longest_held_s == 0.0
+    connection.close()
+
+
 # --- retention ---
 
 

@@ -999,6 +999,18 @@ def test_statistics_of_a_session(floor: Floor) -> None:
     assert (bob.silent_s, bob.round_trip_s, bob.held, bob.credit, bob.subscriptions) == (2.0, 0.25, 1, 2, 1)
 
 
+def test_what_was_due_once_stays_due(floor: Floor) -> None:
+    """A delayed task that was given to somebody and comes back is not delayed anew when the wall clock is put back."""
+    floor.worker("bob", 1)
+    floor.add("a", not_before=WALL + 5)
+    floor.pass_time(6.0)
+    assert floor.holder("a") == "bob"
+    floor.core.wall -= 3600
+    floor.nack("a")
+    floor.pass_time(1.0)
+    assert floor.holder("a") == "bob"
+
+
 def test_after_a_restart_everything_is_where_it_was(floor: Floor) -> None:
     """Places, attempts, holders, patterns, delays, limits, tokens: from what was stored."""
     floor.tokens("gpu", 1)

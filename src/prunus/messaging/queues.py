@@ -133,7 +133,7 @@ class Task(msgspec.Struct, order=True, gc=False):
     """Wall-clock time, as `not_before` and `expires_at` (0: none)."""
     needs: Needs = ()
     not_before: float = 0.0
-    """Of a dead letter: when it died."""
+    """Of a dead letter: when it died; of a held task: when it was given to its holder."""
     expires_at: float = 0.0
     max_attempts: int = 0
     attempt: int = 0
@@ -695,6 +695,7 @@ class TaskQueues:
         over = [task for task in others if task.place == "settled" and not task.waiters]
         over += [task for task in pending if not self._restore_pending(self._queues[task.queue], task)]
         for queue in self._queues.values():
+            queue.places["held"] = {task.id: task for task in sorted(queue.places["held"].values(), key=_held_since)}
             queue.all.sort(key=_order)
             if queue.all:
                 self._numbers = max(self._numbers, queue.all[-1].order, max(map(_number, queue.all)))
@@ -712,7 +713,8 @@ class TaskQueues:
             return True
         if task.hold is None or task.hold.session not in self._members:
             return False
-        task.place, task.hold = "held", msgspec.structs.replace(task.hold, since=self.now)
+        held_s = max(0.0, self.wall - task.not_before) if task.not_before else 0.0  # (older versions did not store it)
+        task.place, task.hold = "held", msgspec.structs.replace(task.hold, since=self.now - held_s)
         queue.places["held"][task.id] = task
         self._members[task.hold.session].take(task)
         if task.key is not None:
@@ -724,7 +726,8 @@ class TaskQueues:
     def _restore_pending(self, queue: _Queue, task: Task) -> bool:
         """Whether it is offered: not if another one with its key is."""
         is_lost = task.hold is not None  # by a session that nobody knows any more
-        task.hold = None
+        if is_lost:
+            task.hold, task.not_before = None, 0.0
         if task.key is not None and task.key in queue.keys:
             return False
         if task.expires_at:
@@ -851,6 +854,7 @@ class TaskQueues:
         assert task.hold is not None, "only a held task can come back"
         queue = self._queues[task.queue]
         self._let_go(queue, task, member or self._members[task.hold.session])
+        task.not_before = 0.0
         if reason:
             task.reason = reason
         if not tried:
@@ -1008,6 +1012,7 @@ class TaskQueues:
                     one.outlet.offer(one)
         task.attempt += 1
         task.hold = Hold(member.name, chosen.outlet.pattern, (self._broker_epoch << 32) + self.delivered, self.now)
+        task.not_before = self.wall
         self._emit(Deliver(task))
 
     def _announce(self, queue: _Queue, lane: _Lane, head: Task) -> None:
@@ -1481,6 +1486,7 @@ _SLACK = 64
 _TINY = 1e-9
 _order = attrgetter("order")
 _number = attrgetter("number")
+_held_since = attrgetter("hold.since")
 
 
 def urgency_of(priority: int, depth: int = 0) -> int:
