@@ -786,7 +786,7 @@ def test_after_a_restart_the_holder_keeps_its_task() -> None:
 
 
 def test_after_a_restart_what_nobody_holds_is_offered() -> None:
-    """Its holder is not among the sessions; also if the wall clock was put back behind the moment in which it got it."""
+    """Its holder is not among the sessions; also if the wall clock was put back since it got the task."""
     state = held_by_bob()
     for task in state.tasks:
         task.not_before = WALL + 50.0

@@ -135,9 +135,32 @@ def test_the_tasks_of_a_queue(live: Shell, queue: str) -> None:
     assert [task["id"] for task in listed(live, queue)] == [first, second, third]
     assert [task["id"] for task in listed(live, queue, "--task-key", "k")] == [third]
     assert listed(live, queue, "--dead") == []
-    assert live("tasks", "no-such-queue").stderr == "No such task.\n"
-    assert live("tasks", "--queue", "show").stderr == "No such task.\n"
     assert "say one of them" in live.error("tasks", "--dead", "--place", "held", code=2)
+
+
+def test_where_nothing_is_found_the_name_is_said(live: Shell, queue: str) -> None:
+    """Which queue, place or key has no task, or that there is no such queue; and where to look."""
+    [task] = send(live, queue, b"x", key="the key")
+    look = "; `prunus tasks` lists the queues"
+    for words, says in (
+        (("no-such-queue",), f"There is no queue 'no-such-queue'{look}."),
+        (("no-such-queue", "--dead"), f"There is no queue 'no-such-queue'{look}."),
+        (("--queue", "show"), f"There is no queue 'show'{look}."),
+        ((task,), f"There is no queue {task!r}: it is the id of a task, which `prunus tasks show {task}` shows."),
+        (
+            ("the key",),
+            "There is no queue 'the key': it is the key of a task, which `prunus tasks --task-key 'the key'` shows.",
+        ),
+        (("--task-key", "other"), f"There is no task with the key 'other'{look}, with how many tasks each has."),
+        ((queue, "--dead"), f"No task of the queue {queue!r} is dead{look}, with how many tasks each has."),
+    ):
+        ended = live("tasks", *words)
+        assert (ended.stdout, ended.stderr) == ("", f"{says}\n")
+    for line in ("purge no-such-queue -y", "bury --queue no-such-queue --all"):
+        ended = live("tasks", *line.split())
+        assert ended.stderr == f"There is no queue 'no-such-queue'{look}.\n"
+        assert ended.stdout.endswith(": 0 tasks\n")
+    assert live("tasks", "requeue", "--queue", queue, "--place", "dead").stderr == ""
 
 
 def test_a_task_with_its_body(live: Shell, queue: str) -> None:
@@ -193,7 +216,8 @@ def test_tasks_are_buried_and_forgotten(live: Shell, queue: str) -> None:
     assert live("tasks", "bury", ids[0], ids[1]).stdout == "buried: 2 tasks\n"
     assert [task["id"] for task in listed(live, queue, "--dead")] == ids[:2]
     ended = live("tasks", "delete", ids[0], "nonsense", code=1)
-    assert (ended.stdout, ended.stderr) == ("deleted: 1 task\n", "Error: nonsense: there is no such task\n")
+    assert ended.stdout == "deleted: 1 task\n"
+    assert ended.stderr == "Error: nonsense: there is no such task; `prunus tasks QUEUE` lists those of a queue\n"
     with held(live, queue):
         [task] = listed(live, queue, "--place", "held")
         ended = live("tasks", "delete", task["id"], code=1)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 
+from prunus.runtime.cli.schedule import _short_moment
 from tests.runtime.shell import Shell, daemon_in
+from tests.runtime.terminal import terminal
 
 ADD = "tests.runtime.workflows:Add"
 
@@ -102,7 +107,7 @@ def test_the_life_of_a_schedule(shell: Shell) -> None:
     assert shell("schedule", "pause", "often", "-m", "too often").stdout == "paused schedule-often\n"
     paused = until(shell, "often", lambda facts: True)
     assert (paused["state"], paused["why"]) == ("paused", "too often")
-    assert "paused: too often" in shell("schedule", "list").stdout
+    assert re.search(r"^often .*  paused  too often  ", shell("schedule", "list").stdout, re.MULTILINE)
     number = paused["runs"]
     by_hand = shell("schedule", "run-now", "often").stdout.strip()
     assert shell.until(by_hand, lambda facts: facts["state"] == "finished")["outputs"] == {"sum": 42}
@@ -146,6 +151,55 @@ def test_list_and_show_are_for_people(shell: Shell) -> None:
     assert shell("schedule", "remove", "talk", "talk-2").stdout.count("removed") == 2
     assert {"talk", "talk-2"}.isdisjoint(schedules(shell))
     assert shell("schedule", "list", "--all").stdout.count("killed") >= 2
+
+
+def test_a_list_fits_into_a_narrow_terminal(shell: Shell) -> None:
+    """In 80 columns names, states and times are whole: times are short, and what matters less is left out."""
+    talk, long_name = ["flow:Talk", "--timezone", "UTC"], "the-nightly-backup-of-all-the-data-of-the-group"
+    shell("schedule", "add", "--every", "1d", *talk, "--name", long_name)
+    shell("schedule", "add", "--every", "2d", *talk, "--name", "busy")
+    shell("schedule", "run-now", "busy")
+    shell("schedule", "pause", long_name, "-m", "the disk of the cluster is full of things that nobody needs any more")
+    with terminal(shell, "schedule", "list", columns=80, TZ="UTC") as shown:
+        text = shown.end()
+    with terminal(shell, "schedule", "list", columns=240) as shown:
+        wide = shown.end()
+    shell("schedule", "remove", long_name, "busy")
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert re.match(r"name +state +next run +last run *\n", text)
+    moment = r"(\d\d\d\d-)?\d\d-\d\d \d\d:\d\d(:\d\d)?"
+    assert re.search(rf"^busy +on +{moment} +(\d\d-\d\d )?\d\d:\d\d(:\d\d)?, \w+ *$", text, re.MULTILINE)
+    folded = re.search(r"^(the-\S+) +paused +\n(\S+) *$", text, re.MULTILINE)
+    assert folded is not None
+    assert folded[1] + folded[2] == long_name
+    assert re.search(rf"^busy +Talk +every 2d +on .*  {moment} UTC  .* UTC, \w+ +0 +0 *$", wide, re.MULTILINE)
+    assert re.search(rf"^{long_name} .* paused  the disk of the cluster is full .*", wide, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("zone", "moment", "short"),
+    [
+        ("UTC", "2026-11-22 13:00", "13:00"),
+        ("UTC", "2026-11-22 13:00:30", "13:00:30"),
+        ("UTC", "2026-11-23 02:30", "11-23 02:30"),
+        ("UTC", "2027-01-01 06:00", "2027-01-01 06:00"),
+        ("Europe/Zurich", "2026-11-23 02:30", "11-23 02:30 CET"),
+        ("Africa/Abidjan", "2026-11-23 02:30", "11-23 02:30"),  # as late as here
+        ("Asia/Tokyo", "2026-11-23 02:30", "11-23 02:30 JST"),  # it is that day there, and not here
+    ],
+)
+def test_short_moments(zone: str, moment: str, short: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what goes without saying to who is in UTC at 2026-11-22 20:00."""
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    try:
+        at_s = datetime.fromisoformat(moment).replace(tzinfo=ZoneInfo(zone)).timestamp()
+        now_s = datetime(2026, 11, 22, 20, tzinfo=ZoneInfo("UTC")).timestamp()
+        assert _short_moment(at_s, ZoneInfo(zone), now_s) == short
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_without_any_schedule_the_list_says_how_to_make_one(shell: Shell) -> None:

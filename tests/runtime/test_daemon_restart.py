@@ -17,6 +17,7 @@ import prunus
 from prunus.errors import DaemonError
 from prunus.persistence.persister import Query
 from prunus.runtime import daemon
+from prunus.runtime.broker import Broker
 from prunus.runtime.controller import ProcessHandle, connect
 from prunus.runtime.daemon import StopProgress
 from prunus.runtime.locks import read_holder
@@ -129,6 +130,44 @@ async def test_a_stop_says_what_is_left(short_folder: Path, monkeypatch: pytest.
         assert await daemon.stop(profile, said.append)
         assert process.wait() == 0
     assert said[0] == StopProgress(1, None)
+
+
+async def test_a_stop_does_not_say_of_a_lost_database_that_nothing_is_lost(short_folder: Path) -> None:
+    """It says where the broker saved what was in it."""
+    profile = Profile.create(short_folder / "profile", Config(workers=0))
+    prunus = Prunus(profile)
+    await prunus("daemon", "start")
+    profile.database.unlink()
+    stopped = await prunus("daemon", "stop")
+    [saved] = profile.path.glob("prunus.db.rescued-*")
+    assert stopped.out == "The daemon has stopped.\n"
+    assert "Warning: its broker ended with an error: " in stopped.err
+    assert f"is saved: `prunus broker restore {saved}` goes on from there" in stopped.err
+    await prunus("broker", "restore", str(saved))
+    await prunus("daemon", "start")
+    assert (await prunus("daemon", "stop")).out == "The daemon has stopped; nothing is lost.\n"
+
+
+async def test_a_database_that_was_taken_away_without_a_word_of_its_broker(short_folder: Path) -> None:
+    """As when that was killed before it could see it: the file is looked for."""
+    profile = Profile.create(short_folder / "profile")
+    path = profile.database
+    assert daemon.what_is_wrong(profile) == (
+        f"it has no database: {path} was removed with all that belongs to it, or was never made"
+    )
+    Broker(path).close()
+    assert daemon.what_is_wrong(profile) is None
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    assert f"its database {path} is empty: put the file back, or" in (daemon.what_is_wrong(profile) or "")
+    path.unlink()
+    assert f"its database {path} is gone: put the file back, or" in (daemon.what_is_wrong(profile) or "")
+    path.write_bytes(whole)
+    said = "2026-01-31 12:00:00,000 CRITICAL __main__: the disk is no more\n"
+    profile.log(BROKER).write_text(said)
+    assert daemon.what_is_wrong(profile) == "its broker ended with an error: the disk is no more"
+    profile.log(BROKER).write_text(f"{said}2026-01-31 12:00:01,000 INFO    __main__: stopped\n")
+    assert daemon.what_is_wrong(profile) is None
 
 
 async def test_the_daemon_runs_in_the_foreground(short_folder: Path) -> None:

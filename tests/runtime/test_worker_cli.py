@@ -342,6 +342,18 @@ def test_names_are_free_or_refused(shell: Shell) -> None:
     assert "say that too" in shell.error("worker", "--idle-grace", "3", code=2)
 
 
+def test_a_worker_whose_lock_was_removed_holds_it_again(shell: Shell) -> None:
+    """Its name is not given to another one."""
+    path = profile_of(shell).lock("foreground-gpu")
+    with broker_of(shell), shell.begin("worker", "--name", "gpu") as worker:
+        wait_for_line(worker, "taking processes")
+        path.unlink()
+        while (holder := read_holder(path)) is None:
+            time.sleep(0.01)
+        assert holder.pid == worker.pid
+        assert re.search(r"foreground-gpu .*runs already", shell.error("worker", "--name", "gpu"))
+
+
 def test_a_broker_that_runs_is_not_run_again(shell: Shell) -> None:
     """`prunus broker run` is for those without a daemon; the lock decides."""
     with broker_of(shell):

@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from prunus.errors import DaemonError, MessagingError
+from prunus.persistence.database import was_made
 from prunus.runtime.locks import Holder, ServiceLock, read_holder
 from prunus.runtime.logs import last_lines, open_log, parse
 from prunus.runtime.profile import Profile
@@ -150,6 +151,26 @@ async def stop(profile: Profile, say: Callable[[StopProgress], None] | None = No
             forget_wish(profile)
             forget_notes(profile)
     return daemon is not None or bool(services)
+
+
+def what_is_wrong(profile: Profile) -> str | None:
+    """Why what a daemon that has stopped did is not known to be kept, and what to do: its broker's last words, if it
+    ended with an error, or that there is no database. None: it is kept."""
+    [last] = last_lines(profile.log(BROKER), 1) or [""]
+    if (entry := parse(last)) is not None and entry.level == "CRITICAL":
+        return f"its broker ended with an error: {entry.text}"
+    path = profile.database
+    try:
+        if path.exists() and path.stat().st_size > 0:
+            return None
+        if not was_made(path):
+            return f"it has no database: {path} was removed with all that belongs to it, or was never made"
+        return (
+            f"its database {path} is {'empty' if path.exists() else 'gone'}: put the file back, or restore a backup "
+            "(`prunus broker restore FILE`)"
+        )
+    except OSError as error:
+        return f"its database {path} can't be seen: {error.strerror}"
 
 
 def as_it_runs(profile: Profile) -> Profile:

@@ -49,14 +49,17 @@ async def work(
     name: str,
     settings: Settings,
     *,
+    lock: ServiceLock | None = None,
     say: Callable[[str], None] = logger.info,
     patience_s: float = BROKER_PATIENCE_S,
 ) -> tuple[Ended, Mapping[str, int] | None]:
-    """Be a worker as `worker.serve`, and see to it that a profile has a broker; `say` tells the user of it."""
+    """Be a worker as `worker.serve`, and see to it that a profile has a broker; `say` tells the user of it. `lock` is
+    that of its name, which is kept meanwhile."""
     if isinstance(place, ClientKey):
         return await serve(place, name, settings, patience_s=patience_s)
     async with _own_broker(place, say):
-        return await serve(place, name, settings, patience_s=patience_s)
+        serving = serve(place, name, settings, patience_s=patience_s)
+        return await (serving if lock is None else lock.kept(serving))
 
 
 def free_lock(profile: Profile, name: str | None = None) -> ServiceLock:
@@ -153,7 +156,7 @@ class BrokerKeeper:
         pause_s = self._put_off(now)
         said = last_lines(self._profile.log("broker"), 1) if self._profile.path.is_dir() else []
         logger.error(
-            "the broker (pid %d) has ended with exit code %d; nothing is lost. It is started again in %.0f s. %s",
+            "the broker (pid %d) has ended with exit code %d. It is started again in %.0f s. %s",
             child.pid,
             child.returncode,
             pause_s,

@@ -2,6 +2,10 @@
 
 The format: https://prometheus.io/docs/instrumenting/exposition_formats/. Times are in seconds, sizes in bytes; what
 ends in ``_total`` counts from the start of the broker (`prunus_broker_uptime_seconds`).
+
+Labels are names that people gave, and a few words: a series for each program that ever connected would be too many for
+Prometheus (https://prometheus.io/docs/practices/naming/#labels). So sessions that have the same name without its random
+part (`peer`), role and key are counted together.
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import Literal
 
-from prunus.messaging.inventory import QueueStatistics
+from prunus.messaging.inventory import QueueStatistics, SessionStatistics
 from prunus.runtime.backend import BrokerStatus
+from prunus.runtime.display import peer
 
 Labels = dict[str, str]
 Sample = tuple[Labels, float | None]
@@ -61,12 +66,11 @@ def _families(status: BrokerStatus) -> Iterator[tuple[str, Kind, str, Iterable[S
             for (role, connected), count in sorted(_count_sessions(status).items())
         ],
     )
-    for name, (field, text) in _SESSION_GAUGES.items():
-        samples = [
-            ({"session": key, "role": session.role, "key": session.key or ""}, getattr(session, field))
-            for key, session in sorted(status.sessions.items())
-        ]
-        yield f"prunus_session_{name}", "gauge", text, samples
+    namesakes = _by_name(status)
+    for name, (field, text) in _SESSION_SUMS.items():
+        yield f"prunus_session_{name}", "gauge", text, _of_sessions(namesakes, field, sum)
+    for name, (field, text) in _SESSION_MAXIMA.items():
+        yield f"prunus_session_{name}", "gauge", text, _of_sessions(namesakes, field, max)
     yield (
         "prunus_processes",
         "gauge",
@@ -120,14 +124,37 @@ _RESOURCE_GAUGES = {
 }
 
 
-_SESSION_GAUGES = {
-    "held": ("held", "Tasks that the session works on."),
-    "credit": ("credit", "Free places of its subscriptions."),
-    "subscriptions": ("subscriptions", "Its subscriptions to queues."),
-    "questions": ("questions", "Questions that it waits for."),
-    "silent_seconds": ("silent_s", "Time since it was heard last."),
-    "round_trip_seconds": ("round_trip_s", "How long a message took to it and back."),
+_SESSION_SUMS = {
+    "held": ("held", "Tasks that the sessions of this name work on."),
+    "credit": ("credit", "Free places of their subscriptions."),
+    "subscriptions": (
+        "subscriptions",
+        "Their subscriptions to queues and broadcasts, and the names under which they answer.",
+    ),
+    "questions": ("questions", "Questions that they wait for."),
 }
+_SESSION_MAXIMA = {
+    "silent_seconds": ("silent_s", "Time since a session of this name was heard last; the longest."),
+    "round_trip_seconds": ("round_trip_s", "How long a message took to a session of this name and back; the longest."),
+}
+
+
+def _by_name(status: BrokerStatus) -> list[tuple[Labels, list[SessionStatistics]]]:
+    """The sessions without the random parts of their names."""
+    found: dict[tuple[str, str, str], list[SessionStatistics]] = {}
+    for name, session in status.sessions.items():
+        found.setdefault((peer(name), session.role, session.key or ""), []).append(session)
+    return [({"session": name, "role": role, "key": key}, found[name, role, key]) for name, role, key in sorted(found)]
+
+
+def _of_sessions(
+    namesakes: list[tuple[Labels, list[SessionStatistics]]], field: str, together: Callable[[list[float]], float]
+) -> list[Sample]:
+    samples: list[Sample] = []
+    for labels, sessions in namesakes:
+        known = [value for session in sessions if (value := getattr(session, field)) is not None]
+        samples.append((labels, together(known) if known else None))
+    return samples
 
 
 def _of_queues(status: BrokerStatus, read: Callable[[QueueStatistics], float | None]) -> list[Sample]:

@@ -68,13 +68,20 @@ def stop(options: Options) -> None:
     Running steps get their grace (see config.yaml); what has not ended by then runs again after the next start.
     """
     options.refuse_key()
+    from prunus.runtime import daemon
     from prunus.runtime.profile import Profile
 
     profile, wrong = Profile.find_to_stop(options.profile)
     if wrong is not None:
         click.echo(f"Warning: mend this before the next start: {wrong}", err=True)
     stopped = asyncio.run(_stop(profile))
-    click.echo("The daemon has stopped; nothing is lost." if stopped else "No daemon was running.")
+    if not stopped:
+        click.echo("No daemon was running.")
+    elif (wrong_with_it := daemon.what_is_wrong(profile)) is None:
+        click.echo("The daemon has stopped; nothing is lost.")
+    else:
+        click.echo("The daemon has stopped.")
+        click.echo(f"Warning: {wrong_with_it}", err=True)
 
 
 @daemon.command()

@@ -298,7 +298,7 @@ def _is_about_arguments(error: ValueError) -> bool:
     return place is not None and place.tb_frame.f_globals.get("__name__") in _REFUSING
 
 
-_REFUSING = ("prunus.messaging.peer", "prunus.messaging.client", "prunus.messaging.transfers")
+_REFUSING = tuple(f"prunus.messaging.{name}" for name in ("arguments", "peer", "client", "transfers"))
 
 
 def _with_hint(error: Exception, options: Options) -> str:

@@ -6,6 +6,7 @@ A schedule is a process (`prunus.runtime.schedules`), so every other command tak
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 import sys
 import time
@@ -29,6 +30,8 @@ PREFIX = "schedule-"
 MAX_NAME_CHARS = 100
 MAX_SAME_NAME = 1000
 """The most schedules that had the same name, one after the other."""
+WIDE_COLUMNS = 160
+"""On a terminal that is narrower, moments in a list are short."""
 NEXT_SHOWN = 5
 LAST_SHOWN = 5
 
@@ -163,24 +166,31 @@ def list_(options: Options, everything: bool, as_json: bool) -> None:
     if not found:
         click.echo('No schedule; `prunus schedule add "0 2 * * *" pkg.mod:Class` makes one.', err=True)
         return
+    console = display.console()
+    moment = _moment if console.width >= WIDE_COLUMNS else functools.partial(_short_moment, now_s=now_s)
+    has_long_names = any(len(seen.name) > console.width // 2 for seen in found)
+    has_reasons = any(_why(seen.record) for seen in found)
     table = display.plain_table(
-        "name", "class", "when", "state", "next run", "last run", "runs", "missed", elastic="when"
+        *("name", "class", "when", "state", *["why"] * has_reasons, "next run", "last run", "runs", "missed"),
+        elastic=("when", "why", *["name"] * has_long_names),
+        dispensable=("missed", "runs", "class", "when", "why", "last run"),
     )
     for seen in found:
         record, begins = seen.record, seen.next_runs(now_s, 1)
-        next_run = _moment(begins[0], seen.zone) if begins and seen.state == "on" else ""
+        next_run = moment(begins[0], seen.zone) if begins and seen.state == "on" else ""
         last = seen.runs[0] if seen.runs else None
         table.add_row(
             seen.name,
             display.class_name(seen.inputs["process_class"]),
             seen.timetable.rhythm.words,
-            f"{seen.state}: {record.status}" if seen.state in ("paused", "set aside") and _why(record) else seen.state,
+            seen.state,
+            *[display.one_line(_why(record) or "")] * has_reasons,
             next_run,
-            f"{_moment(last.created_at, seen.zone)}, {last.state}" if last is not None else "",
+            f"{moment(last.created_at, seen.zone)}, {last.state}" if last is not None else "",
             str(seen.context.get("runs", 0)),
             _missed(seen),
         )
-    display.show(display.console(), table)
+    display.show(console, table)
 
 
 @schedule.command()
@@ -461,6 +471,17 @@ def _moment(at_s: float, zone: ZoneInfo) -> str:
     from prunus.runtime.schedules import moment_text
 
     return moment_text(at_s, zone)
+
+
+def _short_moment(at_s: float, zone: ZoneInfo, now_s: float) -> str:
+    """The same without what goes without saying: this year, today (there and here), a zone that is as late as here."""
+    from datetime import datetime
+
+    moment, now = datetime.fromtimestamp(at_s, zone), datetime.fromtimestamp(now_s, zone)
+    day, clock, zone_name = _moment(at_s, zone).split(" ", 2)
+    date = "" if moment.date() == now.date() == now.astimezone().date() else day[5:] if moment.year == now.year else day
+    is_here = moment.utcoffset() == moment.astimezone().utcoffset()
+    return " ".join(filter(None, [date, clock, "" if is_here else zone_name]))
 
 
 def _why(record: Record) -> str | None:

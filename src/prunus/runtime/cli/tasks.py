@@ -109,7 +109,13 @@ _yes = click.option("-y", "--yes", is_flag=True, help="Do not ask.")
 def requeue(options: Options, ids: tuple[str, ...], queue: str | None, place: Any, everything: bool) -> None:
     """Offer dead or delayed tasks again, at once, as if they were new."""
     _check_choice(ids, queue, place, everything)
-    _edit(options, "requeued", ids, lambda communicator, some: communicator.requeue(*some, queue=queue, place=place))
+    _edit(
+        options,
+        "requeued",
+        ids,
+        queue,
+        lambda communicator, some: communicator.requeue(*some, queue=queue, place=place),
+    )
 
 
 @tasks.command()
@@ -124,7 +130,9 @@ def delete(options: Options, ids: tuple[str, ...], queue: str | None, place: Any
     _check_choice(ids, queue, place, everything)
     if not ids:
         _confirm(f"Forget all {place or ''} tasks{f' of {queue}' if queue else ''}".replace("  ", " "), yes)
-    _edit(options, "deleted", ids, lambda communicator, some: communicator.delete(*some, queue=queue, place=place))
+    _edit(
+        options, "deleted", ids, queue, lambda communicator, some: communicator.delete(*some, queue=queue, place=place)
+    )
 
 
 @tasks.command()
@@ -136,7 +144,7 @@ def delete(options: Options, ids: tuple[str, ...], queue: str | None, place: Any
 def bury(options: Options, ids: tuple[str, ...], queue: str | None, place: Any, everything: bool) -> None:
     """Put tasks that nobody works on to the dead letters."""
     _check_choice(ids, queue, place, everything)
-    _edit(options, "buried", ids, lambda communicator, some: communicator.bury(*some, queue=queue, place=place))
+    _edit(options, "buried", ids, queue, lambda communicator, some: communicator.bury(*some, queue=queue, place=place))
 
 
 @tasks.command()
@@ -149,7 +157,7 @@ def purge(options: Options, queue: str, yes: bool) -> None:
     Tasks that somebody works on stay.
     """
     _confirm(f"Forget every task of {queue}, its dead letters too", yes)
-    _edit(options, "deleted", (), lambda communicator, _: communicator.purge(queue))
+    _edit(options, "deleted", (), queue, lambda communicator, _: communicator.purge(queue))
 
 
 # --- parts ------------------------------------------------------------------------------------------
@@ -208,7 +216,31 @@ async def _show_tasks(
         if len(found) == limit:
             click.echo(f"The oldest {limit} are shown; --limit shows more.", err=True)
     else:
-        click.echo("No such task.", err=True)
+        click.echo(await _why_none(controller, queue, place, key), err=True)
+
+
+async def _why_none(controller: ProcessController, queue: str | None, place: TaskPlace | None, key: str | None) -> str:
+    """That there are no such tasks, and where to look."""
+    if queue is not None and (unknown := await _unknown(controller, queue)) is not None:
+        return unknown
+    what = "task" + (f" of the queue {queue!r}" if queue else "") + (f" with the key {key!r}" if key else "")
+    none = f"There is no {what}" if place is None else f"No {what} is {place}"
+    return f"{none}; `prunus tasks` lists the queues, with how many tasks each has."
+
+
+async def _unknown(controller: ProcessController, queue: str) -> str | None:
+    """That there is no such queue, and what may have been meant; None if there is one."""
+    from prunus.runtime.display import word
+
+    status = await read_status(controller)
+    if queue in status.queues or status.left_out:
+        return None
+    none = f"There is no queue {queue!r}"
+    if await controller.communicator.tasks(task=queue, limit=1):
+        return f"{none}: it is the id of a task, which `prunus tasks show {word(queue)}` shows."
+    if await controller.communicator.tasks(key=queue, limit=1):
+        return f"{none}: it is the key of a task, which `prunus tasks --task-key {word(queue)}` shows."
+    return f"{none}; `prunus tasks` lists the queues."
 
 
 async def _show_task(controller: ProcessController, task: TaskInfo, as_json: bool, raw: bool) -> None:
@@ -288,14 +320,18 @@ Change = Callable[["Communicator", tuple[str, ...]], Awaitable[int]]
 """Does something to the tasks with these ids, or to those that options name if there are none; to how many."""
 
 
-def _edit(options: Options, done: str, ids: Sequence[str], change: Change) -> None:
-    """Do it, and say of each of those that were named to which nothing was done why; then the exit code is 1."""
+def _edit(options: Options, done: str, ids: Sequence[str], queue: str | None, change: Change) -> None:
+    """Do it, and say of each of those that were named to which nothing was done why; then the exit code is 1. Without
+    any, all of `queue`: also that there is no such queue is said."""
     from prunus.runtime.display import count, plain
 
     async def work(controller: ProcessController) -> bool:
         communicator = controller.communicator
         if not ids:
-            click.echo(f"{done}: {count(await change(communicator, ()), 'task')}")
+            number = await change(communicator, ())
+            if not number and queue is not None and (unknown := await _unknown(controller, queue)) is not None:
+                click.echo(unknown, err=True)
+            click.echo(f"{done}: {count(number, 'task')}")
             return True
         changed, is_well = 0, True
         for task in dict.fromkeys(ids):
@@ -317,7 +353,7 @@ def _why_not(done: str, task: TaskInfo | None) -> str:
     from prunus.runtime.display import peer, plain, word
 
     if task is None:
-        return "there is no such task"
+        return "there is no such task; `prunus tasks QUEUE` lists those of a queue"
     key = plain(task.key or "")
     match task.place:
         case "held":

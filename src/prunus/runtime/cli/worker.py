@@ -102,7 +102,8 @@ def worker(
         name = lock.path.stem
         logs.configure(None, name, place.config.log_format)
     try:
-        ended, counts = asyncio.run(foreground.work(place, name, settings, say=lambda text: click.echo(text, err=True)))
+        working = foreground.work(place, name, settings, lock=lock, say=lambda text: click.echo(text, err=True))
+        ended, counts = asyncio.run(working)
     except PrunusError as error:
         if threads_with_steps():  # else they would keep this program alive
             click.echo(f"Error: {error}", err=True)
