@@ -6,6 +6,7 @@ import pytest
 
 from prunus.errors import (
     BusyError,
+    DeadLetterError,
     DuplicateSubscriberError,
     Failure,
     IndeterminateError,
@@ -13,7 +14,18 @@ from prunus.errors import (
     UnroutableError,
 )
 from prunus.messaging import broker, queues
-from prunus.messaging.broker import BrokerCore, Came, Changes, Client, Effect, Left, Show, StoredState
+from prunus.messaging.broker import (
+    MAX_RETIRED,
+    RESULTS_KEPT_S,
+    BrokerCore,
+    Came,
+    Changes,
+    Client,
+    Effect,
+    Left,
+    Show,
+    StoredState,
+)
 from prunus.messaging.inventory import TaskInfo
 from prunus.messaging.messages import (
     LEASE_S,
@@ -488,6 +500,105 @@ def test_who_leaves_may_wait_for_what_is_merged(bench: Bench) -> None:
     bench.say("bob", send(2, key="k", want_result=True))
     bench.take(bench.core.expired("bob"))
     assert bench.core.statistics().queues["default"].ready == 1
+
+
+def bobs_deeds(bench: Bench) -> dict[str, int]:
+    """Four tasks whose result ann wants, two of which bob has, and ann was silent for too long: their epochs."""
+    sends = [bench.say("ann", send(number, want_result=True)) for number in (1, 2, 3, 4)]
+    for _ in range(5):
+        bench.wait(LEASE_S / 4)
+        bench.say("bob", Heartbeat())
+        bench.say("cat", Heartbeat())
+    assert "ann" not in bench.core.sessions()
+    return {one.task: one.epoch for some in sends for _, one in bench.deliveries(some)}
+
+
+def test_who_was_silent_for_too_long_gets_its_results(bench: Bench) -> None:
+    """A sender that slept is told what came of its tasks: of those that ended meanwhile, and those that end later."""
+    epochs = bobs_deeds(bench)
+    bench.say("cat", TaskEdit(id=1, action="bury", tasks=("t4",)))
+    assert outcomes(bench.say("bob", TaskAck(id=1, task="t1", epoch=epochs["t1"], outcome=b"one"))) == [
+        ("ann", "t1", b"one")  # there is no connection: it is dropped
+    ]
+    told = outcomes(bench.hello("ann", awaited=("t1", "t2", "t3", "t4")))
+    assert [(task, str(what)) for _, task, what in told] == [
+        ("t1", "b'one'"),
+        ("t4", "task t4 is a dead letter: it was buried by hand; look at it with: prunus tasks --dead"),
+    ]
+    bench.say("ann", ResultSeen(task="t1"))
+    assert bench.tasks("settled") == []
+    said = bench.say("bob", TaskAck(id=2, task="t2", epoch=epochs["t2"], outcome=b"two"))
+    assert outcomes(said) == [("ann", "t2", b"two")]
+
+
+def test_results_for_the_silent_survive_a_restart(bench: Bench) -> None:
+    """Also of the broker that kept them."""
+    epochs = bobs_deeds(bench)
+    bench.say("bob", TaskAck(id=1, task="t1", epoch=epochs["t1"], outcome=b"one"))
+    changes = bench.changes()
+    clients = tuple((name, client) for name, client in changes.clients.items() if client is not None)
+    clients += (("ann", Client(done=5)),)
+    for task in changes.tasks:
+        task.place = "settled" if task.outcome else ""
+    again = Bench(StoredState(tasks=changes.tasks, clients=clients), EPOCH + 1)
+    assert outcomes(again.hello("ann", awaited=("t1",))) == [("ann", "t1", b"one")]
+
+
+@pytest.mark.parametrize("end", ["proof", "a week", "others"])
+def test_results_are_not_kept_for_ever(end: str, bench: Bench) -> None:
+    """Not for who is proven dead, not for longer than a week, and not for more clients than are remembered."""
+    epochs = bobs_deeds(bench)
+    for number in (1, 2):
+        bench.say("bob", TaskAck(id=number, task=f"t{number}", epoch=epochs[f"t{number}"], outcome=b"done"))
+    assert bench.tasks("settled") == ["t1", "t2"]
+    match end:
+        case "proof":
+            bench.take(bench.core.expired("ann"))
+        case "a week":
+            bench.wait(RESULTS_KEPT_S - 2 * LEASE_S)
+            bench.hello("cat")
+            assert bench.tasks("settled") == ["t1", "t2"]
+            bench.wait(2 * LEASE_S + 1.0)
+            bench.hello("cat")
+        case _:
+            for number in range(MAX_RETIRED):
+                bench.hello(f"other{number}")
+                bench.take(bench.core.expired(f"other{number}"))
+    assert bench.tasks("settled") == []
+    [(_, _, error)] = outcomes(bench.hello("ann", awaited=("t1",)))
+    assert isinstance(error, IndeterminateError)
+
+
+def test_who_was_wrongly_taken_for_dead_gets_what_is_still_known(bench: Bench) -> None:
+    """What is over by then is not known any more; a dead letter is, and what is to be done will be."""
+    epochs = bobs_deeds(bench)
+    bench.take(bench.core.expired("ann"))
+    bench.say("bob", TaskAck(id=1, task="t1", epoch=epochs["t1"]))
+    bench.say("cat", TaskEdit(id=1, action="bury", tasks=("t4",)))
+    told = {task: what for _, task, what in outcomes(bench.hello("ann", awaited=("t1", "t2", "t4")))}
+    assert {task: type(what) for task, what in told.items()} == {"t1": IndeterminateError, "t4": DeadLetterError}
+    said = bench.say("bob", TaskAck(id=2, task="t2", epoch=epochs["t2"], outcome=b"two"))
+    assert outcomes(said) == [("ann", "t2", b"two")]
+
+
+def test_who_says_goodbye_waits_for_nothing(bench: Bench) -> None:
+    """Whatever comes of its tasks is kept for nobody."""
+    [(_, delivery)] = bench.deliveries(bench.say("ann", send(1, want_result=True)))
+    bench.say("ann", Goodbye(id=2))
+    assert outcomes(bench.say("bob", TaskAck(id=1, task="t1", epoch=delivery.epoch))) == []
+    assert bench.tasks() == []
+
+
+def test_who_leaves_its_task_undone_is_not_called_lost(bench: Bench) -> None:
+    """A worker that says goodbye with a task in hand has had its attempt; what it says of a last one is true."""
+    bench.say("ann", send(1, max_attempts=1))
+    bench.say("ann", send(2, max_attempts=1))
+    bench.say("bob", Goodbye(id=1))
+    assert bench.info("t1").reason == "its worker left it undone once"
+    bench.hello("bob", queues=(("default", 2),))
+    bench.say("ann", send(3, max_attempts=1))
+    bench.take(bench.core.expired("bob"))
+    assert bench.info("t3").reason == "its worker was lost once"
 
 
 def test_a_full_disk_refuses_new_tasks_only(bench: Bench) -> None:

@@ -561,6 +561,7 @@ class BrokerMachine(RuleBasedStateMachine):
         for name in PEERS:
             self._gone(name)
             self._carry_out(self.core.expired(name))
+        self.hurried |= self.rows.keys()
         last = self.peers[PEERS[0]]
         last.credit = {("run", None): 1000, ("control", None): 1000}
         self._hello(last)

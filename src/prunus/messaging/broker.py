@@ -110,7 +110,9 @@ MAX_ANSWERS = 10_000
 """Answers kept for a client that has not said that it saw them, and requests of which is known that they were not done.
 """
 MAX_RETIRED = 256
-"""Clients that were silent for too long, but are remembered in case they come back."""
+"""Clients that were silent for too long, but are remembered in case they come back ..."""
+RESULTS_KEPT_S = 7 * 86_400.0
+"""... and so long the results for which they waited are kept."""
 EDITED_AT_ONCE = 1_000
 """Of an edit of more tasks so many are done in one go, and then others have their turn."""
 MAX_EDITS = 4
@@ -249,8 +251,8 @@ class BrokerCore:
         self._awaited: dict[str, None] = {}
         self._unrouted: dict[tuple[str, int], None] = {}
         self._clients: dict[str, Client] = {}
-        self._retired: dict[str, None] = {}
-        """Clients whose session ended by itself, in the order in which that happened ..."""
+        self._retired: dict[str, float] = {}
+        """Clients whose session ended by itself, and when, in this order ..."""
         self._departed: dict[str, None] = {}
         """... and those that said goodbye."""
         self._identifiers: dict[str, tuple[str, int]] = {}
@@ -316,6 +318,10 @@ class BrokerCore:
         self._ticked = now
         for session in [name for name, known in self._sessions.items() if now - known.last_heard > self._lease_s]:
             self._leave(session)
+        for session, since in self._retired.items():
+            if now - since <= RESULTS_KEPT_S:
+                break
+            self._queues.forget_waits(session)
         self._queues.tick()
         for key in [key for key, question in self._questions.items() if question.forget_at <= now]:
             self._forget_question(key)
@@ -352,7 +358,8 @@ class BrokerCore:
             self._queues.disconnect(session)
 
     def expired(self, session: str) -> list[Effect]:
-        """It is certainly dead: its tasks go to others at once."""
+        """It is certainly dead: its tasks go to others at once, and no result is kept for it."""
+        self._queues.forget_waits(session)
         if session in self._sessions:
             self._leave(session)  # were it alive after all, nothing must be done twice: its client is remembered
         return self._finish()
@@ -697,9 +704,7 @@ class BrokerCore:
             else:
                 self._queues.forget_waiter(task, session)
         for task_id in hello.awaited:
-            if task_id not in waits:
-                outcome = Failure.of(IndeterminateError(f"task {task_id}"))
-                self._send(session, TaskResult(task=task_id, outcome=outcome))
+            self._wait_again(session, task_id)
 
     def _tell_more(self, session: str) -> None:
         """As much as can be on its way; of what ended meanwhile nothing."""
@@ -729,7 +734,9 @@ class BrokerCore:
             self._free_identifier(identifier)
         for subscription in list(known.patterns):
             self._remove_pattern(session, known, subscription)
-        self._queues.leave(session)
+        if for_good:
+            self._queues.forget_waits(session)
+        self._queues.leave(session, lost=not for_good)
         self._edits = deque(edit for edit in self._edits if edit.session != session)
         for key in list(known.asked):
             question = self._questions[key]
@@ -740,10 +747,13 @@ class BrokerCore:
         self._changes.sessions[session] = None
         self._out.append(Left(session, known.peer if was_heard and not for_good else None))
         # Who said goodbye may not have heard the answers to what it said before.
-        without = self._departed if for_good else self._retired
-        without[session] = None
-        while len(without) > MAX_RETIRED:
-            self._forget_client(next(iter(without)))
+        if for_good:
+            self._departed[session] = None
+        else:
+            self._retired[session] = self._now
+        for without in (self._departed, self._retired):
+            while len(without) > MAX_RETIRED:
+                self._forget_client(next(iter(without)))
 
     # --- what was done before ---
 
@@ -783,6 +793,7 @@ class BrokerCore:
     def _forget_client(self, session: str) -> None:
         self._retired.pop(session, None)
         self._departed.pop(session, None)
+        self._queues.forget_waits(session)
         client = self._clients.pop(session)
         for request in client.answers:
             self._changes.answers.pop((session, request), None)
@@ -824,15 +835,18 @@ class BrokerCore:
             self._answer(session, request, encode(confirmation))
 
     def _wait_again(self, session: str, task_id: str) -> None:
-        """A sender that was taken for dead, and was not, still wants the result; nobody kept it for him."""
+        """A sender that was taken for dead, and was not, still wants the result. If the task is over, and nobody kept
+        the result for it, what came of it is not known."""
         if task_id in self._queues.awaited_by(session):
             return
         task = self._queues.get(task_id)
-        if task is not None and task.place not in ("dead", "settled"):
-            self._queues.wait_for(task, session)
-        else:
+        if task is None or task.place == "settled":
             outcome = Failure.of(IndeterminateError(f"task {task_id}"))
             self._send(session, TaskResult(task=task_id, outcome=outcome))
+            return
+        self._queues.wait_for(task, session)
+        if task.place == "dead":
+            self._send(session, dead_letter(task))
 
     def _accept(self, session: str, message: TaskSend) -> tuple[Task, bool]:
         """The task as which it is stored, and whether that is its own."""
@@ -1082,8 +1096,10 @@ class BrokerCore:
             self._clients.setdefault(name, Client())
         for name, request, frame in state.answers:
             self._clients.setdefault(name, Client()).answers[request] = frame
-        self._retired = dict.fromkeys(name for name in self._clients if name not in self._sessions)
+        self._retired = dict.fromkeys((name for name in self._clients if name not in self._sessions), self._now)
         self._queues.restore(state.tasks, state.limits, state.resources)
+        for stranger in self._queues.waiting() - self._clients.keys():
+            self._queues.forget_waits(stranger)
 
     def _advance(self, now: float) -> None:
         if now - self._now > PAUSE_S:  # nobody listened meanwhile: silence was ours

@@ -31,6 +31,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from operator import attrgetter
 
 import msgspec
@@ -206,6 +207,8 @@ class TaskQueues:
         """The `now` at which idle queues made room: looking at all queues for each of many refused tasks takes time."""
         self._awake: dict[str, _Queue] = {}
         self._members: dict[str, _Member] = {}
+        self._waits: dict[str, dict[str, Task]] = {}
+        """By session, the tasks whose result it waits for: also of one that is gone, until `forget_waits`."""
         self.to_read: dict[str, None] = {}
         """Sessions to which as much was given as can be on its way."""
         self._held_keys: dict[str, Task] = {}
@@ -244,15 +247,14 @@ class TaskQueues:
         self._members[session].connected = False
         self.to_read.pop(session, None)
 
-    def leave(self, session: str) -> None:
-        """It is gone: it waits for nothing, and what it held is offered to others, with an attempt less."""
+    def leave(self, session: str, *, lost: bool = True) -> None:
+        """It is gone: what it held is offered to others, with an attempt less. It still waits for its results. Not
+        `lost`: it said goodbye."""
         member = self._members.pop(session)
         self.to_read.pop(session, None)
         member.connected = False
-        for task in list(member.waits.values()):
-            self._forget_waiter(task, session)
         for task in list(member.held.values()):
-            self._come_back(task, member, reason=None, tried=True)
+            self._come_back(task, member, reason=None, tried=True, ending="was lost" if lost else "left it undone")
         for subscriber in member.subscribers.values():
             self._drop_subscriber(subscriber)
 
@@ -298,7 +300,16 @@ class TaskQueues:
 
     def awaited_by(self, session: str) -> Mapping[str, Task]:
         """The tasks whose result it waits for; those that are over have a result to `tell`."""
-        return self._members[session].waits
+        return self._waits.get(session, {})
+
+    def waiting(self) -> AbstractSet[str]:
+        """Those who wait for results."""
+        return self._waits.keys()
+
+    def forget_waits(self, session: str) -> None:
+        """It waits for nothing any more."""
+        for task in list(self.awaited_by(session).values()):
+            self._forget_waiter(task, session)
 
     # --- the life of a task ---
 
@@ -703,11 +714,9 @@ class TaskQueues:
             self._remove(self._queues[task.queue], task)
 
     def _restore_placed(self, queue: _Queue, task: Task) -> bool:
-        """Whether it is held or over, and so put there. Sessions that are not known any more don't wait for it."""
+        """Whether it is held or over, and so put there."""
         for waiter in task.waiters:
-            if waiter in self._members:
-                self._members[waiter].waits[task.id] = task
-        task.waiters = tuple(waiter for waiter in task.waiters if waiter in self._members)
+            self._waits.setdefault(waiter, {})[task.id] = task
         if task.place in ("dead", "settled"):
             queue.places[task.place][task.id] = task
             return True
@@ -848,9 +857,17 @@ class TaskQueues:
             self._credit_changed(member)
 
     def _come_back(
-        self, task: Task, member: _Member | None, *, reason: str | None, tried: bool, later: bool = False
+        self,
+        task: Task,
+        member: _Member | None,
+        *,
+        reason: str | None,
+        tried: bool,
+        later: bool = False,
+        ending: str = "was lost",
     ) -> None:
-        """A held task is pending again, or it was its last attempt."""
+        """A held task is pending again, or it was its last attempt. `ending`: what its worker did, if it gave no
+        reason."""
         assert task.hold is not None, "only a held task can come back"
         queue = self._queues[task.queue]
         self._let_go(queue, task, member or self._members[task.hold.session])
@@ -860,7 +877,7 @@ class TaskQueues:
         if not tried:
             task.attempt -= 1
         elif task.max_attempts and task.attempt >= task.max_attempts:
-            self._bury(queue, task, task.reason or f"its worker was lost {_times(task.attempt)}")
+            self._bury(queue, task, task.reason or f"its worker {ending} {_times(task.attempt)}")
             return
         if task.key is not None and (pending := queue.keys.get(task.key)) is not None:
             # It says the same: one of them is enough.
@@ -897,8 +914,7 @@ class TaskQueues:
         del self._tasks[task.id]
         queue.discard()
         for waiter in task.waiters:
-            if (member := self._members.get(waiter)) is not None:
-                member.waits.pop(task.id, None)
+            self._wait_no_more(task, waiter)
 
     def _reordered(self, queue: _Queue, task: Task, order: int) -> Task:
         """The same task under another order. The old object stays behind, as no task, where it is still listed."""
@@ -906,20 +922,23 @@ class TaskQueues:
         task.is_stored, twin.order, twin.is_changed = False, order, False
         self._tasks[twin.id] = twin
         for waiter in twin.waiters:
-            self._members[waiter].waits[twin.id] = twin
+            self._waits[waiter][twin.id] = twin
         queue.discard()
         queue.add(twin)
         self._note(twin)
         return twin
 
     def _wait(self, task: Task, session: str) -> None:
-        member = self._members[session]
-        member.waits[task.id] = task
-        task.waiters += (member.name,)
+        self._waits.setdefault(session, {})[task.id] = task
+        task.waiters += (self._members[session].name,)
+
+    def _wait_no_more(self, task: Task, session: str) -> None:
+        waits = self._waits.get(session)
+        if waits is not None and waits.pop(task.id, None) is not None and not waits:
+            del self._waits[session]
 
     def _forget_waiter(self, task: Task, session: str) -> None:
-        if (member := self._members.get(session)) is not None:
-            member.waits.pop(task.id, None)
+        self._wait_no_more(task, session)
         task.waiters = tuple(waiter for waiter in task.waiters if waiter != session)
         if task.place == "settled" and not task.waiters:
             self._remove(self._queues[task.queue], task)
@@ -1195,7 +1214,7 @@ class TaskQueues:
 class _Member:
     """A session, as far as tasks go."""
 
-    __slots__ = ("connected", "given_bytes", "held", "held_bytes", "name", "shared_busy", "subscribers", "waits")
+    __slots__ = ("connected", "given_bytes", "held", "held_bytes", "name", "shared_busy", "subscribers")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -1207,8 +1226,6 @@ class _Member:
         """What these take in its `Hello`."""
         self.given_bytes = 0
         """Of bodies, since it last had room for more."""
-        self.waits: dict[str, Task] = {}
-        """Tasks whose result it waits for."""
         self.shared_busy = 0
         """How many it holds by its shared subscriptions."""
 

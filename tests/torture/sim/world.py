@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 from unittest import mock
 
+from prunus.messaging import broker
 from prunus.messaging.exchange import Exchange, Service
 from tests.torture.sim.broker_node import BrokerNode
 from tests.torture.sim.disk import Disk
@@ -26,6 +27,8 @@ from tests.torture.sim.timeline import Clock, Node, Timeline
 
 LONG_PAUSE_S = 40.0
 """The longest SIGSTOP: longer than a lease."""
+RESULTS_KEPT_S = 60.0
+"""So long results are kept for those who are silent here: longer than any silence but a sleep."""
 FAILED_COMMITS = 0.2
 """A fault that happens so often per second is one of so many commits."""
 
@@ -206,8 +209,9 @@ class World(ABC):
 
 @contextlib.contextmanager
 def virtual_time(timeline: Timeline) -> Iterator[None]:
-    """All clocks of this process are those of the program in the world that runs now."""
+    """All clocks of this process are those of the program in the world that runs now; and a week is a minute."""
     with (
+        mock.patch.object(broker, "RESULTS_KEPT_S", RESULTS_KEPT_S),
         mock.patch.object(time, "time", timeline.wall_time),
         mock.patch.object(time, "time_ns", timeline.wall_time_ns),
         mock.patch.object(time, "monotonic", timeline.boottime),
