@@ -232,11 +232,7 @@ class ConnectionLostError(MessagingError):
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
-        if endpoint.startswith("tcp://"):
-            advice = "does it run, and does the network let you reach its host?"
-        else:
-            advice = "is the daemon running? (`prunus daemon status`)"
-        super().__init__(f"no broker answers at {endpoint}; {advice}")
+        super().__init__(f"no broker answers at {endpoint}; {where_to_look(endpoint)}")
 
 
 class UnroutableError(MessagingError):
@@ -266,25 +262,29 @@ class TaskRejectedError(MessagingError):
 class NotDeliveredError(MessagingError):
     """The message was not delivered: it had no effect."""
 
-    def __init__(self, recipient: str) -> None:
-        self.recipient = recipient
-        super().__init__(f"the message to {recipient!r} was not delivered; it had no effect")
+    def __init__(self, recipient: str, reason: str | None = None) -> None:
+        """`reason`: all of it in words."""
+        self.recipient, self.reason = recipient, reason
+        super().__init__(reason or f"the message to {recipient!r} was not delivered; it had no effect")
 
 
 class IndeterminateError(MessagingError):
     """No answer came: the operation may or may not have happened."""
 
-    def __init__(self, key: str) -> None:
-        self.key = key
-        super().__init__(f"no answer came for {key!r}: it may or may not have happened")
+    def __init__(self, key: str, reason: str | None = None) -> None:
+        """`reason`: all of it in words."""
+        self.key, self.reason = key, reason
+        super().__init__(reason or f"no answer came for {key!r}: it may or may not have happened")
 
 
 class DuplicateSubscriberError(MessagingError):
-    """Somebody else is subscribed under this name."""
+    """This name has a subscriber already."""
 
-    def __init__(self, identifier: str) -> None:
-        self.identifier = identifier
-        super().__init__(f"somebody else is subscribed as {identifier!r}")
+    def __init__(self, identifier: str, here: bool = False) -> None:
+        """`here`: in the same communicator."""
+        self.identifier, self.here = identifier, here
+        who = "this communicator is subscribed as {!r} already; cancel that subscription first"
+        super().__init__((who if here else "somebody else is subscribed as {!r}").format(identifier))
 
 
 class ProtocolError(MessagingError):
@@ -492,6 +492,13 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
 
     def __str__(self) -> str:
         return f"{self.type.rpartition('.')[2]}: {self.message}" if self.message else self.type
+
+
+def where_to_look(endpoint: str) -> str:
+    """Why a broker may not answer."""
+    if endpoint.startswith("tcp://"):
+        return "does it run, and does the network let you reach its host?"
+    return "is the daemon running? (`prunus daemon status`)"
 
 
 def speakable(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from datetime import date, datetime, timedelta, timezone
 from enum import StrEnum
 from types import MappingProxyType
@@ -22,6 +23,7 @@ hashable = st.recursive(
     | st.floats(allow_nan=False)
     | st.complex_numbers(allow_nan=False)
     | st.text()
+    | st.text("a\u00e9\ud800\udce9\udfff")
     | st.binary()
     | st.uuids()
     | st.dates()
@@ -58,6 +60,12 @@ def test_what_goes_in_comes_out(value: Any) -> None:
 @pytest.mark.parametrize("number", [-(2**63) - 1, -(2**63), 2**63, 2**64 - 1, 2**64, 10**1000, -(10**1000)])
 def test_integers_of_any_size(number: int) -> None:
     assert decode(encode(number)) == number
+
+
+@pytest.mark.parametrize("text", [os.fsdecode(b"caf\xe9.dat"), "\ud83d\ude00", "\ud800", "\udfff\U0001f600"])
+def test_texts_that_utf8_can_not_say(text: str) -> None:
+    """As values and as keys; two halves of a character stay two."""
+    assert same(decode(encode([text, {text: 1, "a": text}])), [text, {text: 1, "a": text}])
 
 
 def test_not_a_number() -> None:

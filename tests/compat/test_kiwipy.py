@@ -22,6 +22,7 @@ from typing import Any
 
 import kiwipy
 import pytest
+import yaml
 
 import prunus
 from prunus.compat import kiwipy as prunus_kiwipy
@@ -110,6 +111,58 @@ def test_an_identifier_is_one_subscribers_on_all_communicators(connect: Stack) -
         second.add_rpc_subscriber(echo, "name")
     first.remove_rpc_subscriber("name")
     second.add_rpc_subscriber(echo, "name")
+
+
+def test_names_of_files_that_are_not_utf8(connect: Stack) -> None:
+    """They travel as what they are in bodies, results, senders and subjects. Identifiers, queues and exchanges they can
+    not be: the error says so, and nothing else suffers."""
+    receiver, sender = connect(), connect()
+    name = os.fsdecode(b"caf\xe9.dat")
+    receiver.add_rpc_subscriber(lambda _, message: (message, {name: message}), "name")
+    receiver.add_task_subscriber(lambda _, message: [message == name, message])
+    assert sender.rpc_send("name", [name]).result(WAIT_S) == ([name], {name: [name]})
+    assert sender.task_send(name).result(WAIT_S) == [True, name]
+    heard = [kiwipy.Future() for _ in range(3)]
+    filters: list[dict[str, Any]] = [{}, {"subject": name, "sender": name}, {"subject": "caf*", "sender": "c*\udce9*"}]
+    for future, wanted in zip(heard, filters, strict=True):
+        hear = kiwipy.BroadcastFilter(lambda *arguments, future=future: future.set_result(arguments[1:]), **wanted)
+        receiver.add_broadcast_subscriber(hear)
+    sender.broadcast_send(name, sender=name, subject=name)
+    assert [future.result(WAIT_S) for future in heard] == [(name, name, name, None)] * 3
+    for use in (
+        lambda: sender.rpc_send(name, 1),
+        lambda: receiver.add_rpc_subscriber(echo, name),
+        lambda: sender.task_queue(name),
+        lambda: connect(message_exchange=name),
+    ):
+        with pytest.raises(ValueError, match=r"caf\\udce9\.dat' can't be said in UTF-8") as error:
+            use()
+        assert not isinstance(error.value, UnicodeError)
+    assert sender.rpc_send("name", 1).result(WAIT_S) == (1, {name: 1})
+
+
+def test_what_is_nested_deeply_or_contains_itself(connect: Stack) -> None:
+    """The call refuses it; with YAML, kiwipy's own encoding, it arrives as it was."""
+    own = connect(message_exchange="own")
+    dump, load = functools.partial(yaml.dump, encoding="utf-8"), functools.partial(yaml.load, Loader=yaml.FullLoader)
+    with_yaml = connect(encoder=dump, decoder=load)
+    endless: list[Any] = [1]
+    endless.append(endless)
+    deep: list[Any] = []
+    for _ in range(codec.MAX_DEPTH + 1):
+        deep = [deep]
+    for value in (endless, deep):
+        with pytest.raises(ValueError, match="send it flat, or give `connect` an encoder and a decoder"):
+            own.task_send(value)
+    for communicator in (own, with_yaml):
+        communicator.add_rpc_subscriber(echo, "name")
+    assert with_yaml.rpc_send("name", deep).result(WAIT_S) == deep
+    cycle = with_yaml.rpc_send("name", endless).result(WAIT_S)
+    assert cycle[1] is cycle
+    one = [1]
+    twice = [communicator.rpc_send("name", [one, one]).result(WAIT_S) for communicator in (own, with_yaml)]
+    assert twice == [[one, one]] * 2
+    assert [first is second for first, second in twice] == [False, True]
 
 
 def test_nobody_listens(communicator: PrunusCommunicator) -> None:
@@ -1071,12 +1124,20 @@ def test_broadcast_subscribers_come_and_go(communicator: PrunusCommunicator) -> 
         lambda one: one.remove_broadcast_subscriber("name"),
         lambda one: one.task_queue("q"),
         lambda one: one.add_close_callback(echo),
+        lambda one: one.loop(),
+        lambda one: one.server_properties,
     ],
 )
 def test_after_close_there_is_nothing(communicator: PrunusCommunicator, use: Callable[[Any], Any]) -> None:
+    """But to close it again, and to ask whether it is closed. Its queues have nothing either."""
+    queue = communicator.task_queue("q")
     communicator.close()
-    with pytest.raises(kiwipy.CommunicatorClosed):
-        use(communicator)
+    communicator.close()
+    queue.close()
+    assert communicator.is_closed()
+    for one in (use, lambda _: queue.task_send(1), lambda _: list(queue)):
+        with pytest.raises(kiwipy.CommunicatorClosed):
+            one(communicator)
 
 
 def test_closing(connect: Stack) -> None:
@@ -1097,6 +1158,29 @@ def test_closing(connect: Stack) -> None:
         with pytest.raises(kiwipy.CommunicatorClosed, match=r"^this communicator was closed$"):
             future.result(WAIT_S)
     assert loop.is_closed()
+
+
+def test_futures_that_were_given_up(broker: Broker) -> None:
+    """Nothing is said of them when the communicator is closed, wherever one waited for them."""
+    script = (
+        "import asyncio, gc, sys, kiwipy\nfrom prunus.compat import kiwipy as prunus_kiwipy\n"
+        "async def give_up(communicator):\n"
+        "    for future in (communicator.task_send(1), communicator.rpc_send('name', 1)):\n"
+        "        try:\n            await asyncio.wait_for(asyncio.wrap_future(future), 0)\n"
+        "        except TimeoutError:\n            pass\n"
+        "for end in ('close', 'cancel', 'leave'):\n"
+        "    communicator = prunus_kiwipy.connect(sys.argv[1])\n"
+        "    pending = kiwipy.Future()\n"
+        "    communicator.add_rpc_subscriber(lambda *_: pending, 'name')\n"
+        "    asyncio.run(give_up(communicator))\n"
+        "    for future in (communicator.task_send(1), communicator.rpc_send('name', 1)):\n"
+        "        if end == 'cancel':\n            future.cancel()\n"
+        "    if end == 'leave':\n        del future\n        gc.collect()\n"
+        "    communicator.close()\n    gc.collect()\nprint('the end')"
+    )
+    command = [sys.executable, "-c", script, broker.endpoint]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=True)
+    assert (done.stdout, done.stderr) == ("the end\n", "")
 
 
 def test_what_was_asked_before_closing_is_still_answered(connect: Stack) -> None:
@@ -1337,9 +1421,9 @@ def test_no_broker(connect: Stack, broker: Broker) -> None:
 
 
 @contextmanager
-def broker_process(database: Path, endpoint: str) -> Iterator[subprocess.Popen[str]]:
+def broker_process(database: Path, endpoint: str, *options: str) -> Iterator[subprocess.Popen[str]]:
     """A broker as a process of its own; it is killed at the end."""
-    command = [sys.executable, str(BROKER_PROGRAM), str(database), endpoint]
+    command = [sys.executable, str(BROKER_PROGRAM), str(database), endpoint, *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -1357,6 +1441,55 @@ def test_the_broker_is_killed(short_folder: Path) -> None:
         sender.add_task_subscriber(lambda _, number: number * 2)
         assert [future.result(WAIT_S) for future in futures] == [number * 2 for number in range(10)]
         sender.close()
+
+
+def stopped_with_a_task(folder: Path, script: str) -> tuple[str, str, str]:
+    """A program that fetches a task from the queue q is stopped for longer than its lease, when it has said "taken"; it
+    goes on when somebody else has done the task. What it printed and logged, and the id of the task."""
+    endpoint, pipe = f"ipc://{folder}/run/s", subprocess.PIPE
+    command = [sys.executable, "-c", script, endpoint]
+    with broker_process(folder / "b.db", endpoint, "1.0"), prunus_kiwipy.connect(endpoint) as other:
+        queue = other.task_queue("q")
+        future = queue.task_send("first")
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as stopped:
+            assert stopped.stdout is not None
+            assert stopped.stdout.readline() == "taken\n"
+            stopped.send_signal(signal.SIGSTOP)
+            with queue.next_task(timeout=WAIT_S) as again:
+                again.process().set_result("elsewhere")
+            stopped.send_signal(signal.SIGCONT)
+            queue.task_send("second", no_reply=True)
+            out, err = stopped.communicate("go on\n", timeout=WAIT_S)
+        assert future.result(WAIT_S) == "elsewhere"
+    return out, err, again._taken.id
+
+
+def test_a_fetched_task_that_was_lost(short_folder: Path) -> None:
+    """Who was stopped for longer than its lease is warned that what it made of its task does not count, and goes on."""
+    script = (
+        "import sys\nfrom prunus.compat import kiwipy\nwith kiwipy.connect(sys.argv[1]) as communicator:\n"
+        "    queue = communicator.task_queue('q')\n"
+        "    with queue.next_task() as task:\n        print('taken', flush=True)\n        sys.stdin.readline()\n"
+        "        task.process().set_result('late')\n    print(task.state)\n"
+        "    with queue.next_task() as task, task.processing() as outcome:\n        outcome.set_result('well')\n"
+        "    print(task.state)"
+    )
+    out, err, lost = stopped_with_a_task(short_folder, script)
+    assert out == "requeued\nfinished\n"
+    assert f"the task {lost} of the queue 'q' was processed, but can't be acknowledged any more" in err
+
+
+def test_a_fetched_task_that_can_not_be_read_and_was_lost(short_folder: Path) -> None:
+    """It is an error that it can't be read; whose it is by then is none."""
+    script = (
+        "import sys\nfrom prunus.compat import kiwipy\n"
+        "def decode(data):\n    print('taken', flush=True)\n    sys.stdin.readline()\n    raise ZeroDivisionError\n"
+        "with kiwipy.connect(sys.argv[1], decoder=decode) as communicator:\n"
+        "    try:\n        communicator.task_queue('q').next_task(timeout=60).__enter__()\n"
+        "    except Exception as error:\n        print(repr(error))"
+    )
+    out, _, lost = stopped_with_a_task(short_folder, script)
+    assert out == f'ValueError("the task {lost} can\'t be decoded here: ")\n'
 
 
 def test_a_subscription_that_took_too_long_is_none(short_folder: Path) -> None:
@@ -1406,7 +1539,7 @@ def test_connecting_to_nothing(short_folder: Path, kind: type[Exception]) -> Non
 
 
 def test_connecting_with_impossible_options() -> None:
-    with pytest.raises(ProfileError, match="no endpoint of a broker"):
+    with pytest.raises(ProfileError, match=r"tcp://127\.0\.0\.1:1"):
         prunus_kiwipy.connect("tcp://127.0.0.1:1")
     with pytest.raises(ProfileError, match="is that of a RabbitMQ") as error:
         prunus_kiwipy.connect("amqp://guest:secret@localhost/")
@@ -1415,6 +1548,71 @@ def test_connecting_with_impossible_options() -> None:
         prunus_kiwipy.connect("ipc:///nowhere", task_prefetch_size=1)
     with pytest.raises(ValueError, match="prefetch_count"):
         prunus_kiwipy.connect("ipc:///nowhere", task_prefetch_count=-1)
+
+
+@pytest.mark.parametrize("option", ["connection_params", "connection_factory", "queue_expires"])
+def test_connecting_with_what_is_about_rabbitmq(connect: Stack, option: str) -> None:
+    """An option that is not there here says so; None is nothing."""
+    with pytest.raises(TypeError, match=f"^{option} .*RabbitMQ") as error:
+        prunus_kiwipy.connect(**{option: "amqp://guest:secret@localhost/"})  # type: ignore[arg-type]
+    assert "secret" not in str(error.value)
+    with pytest.raises(TypeError, match="a dict does not say where a broker is"):
+        prunus_kiwipy.connect({"host": "localhost"})  # type: ignore[arg-type]
+    assert not connect(**{option: None}).is_closed()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "kind"),
+    [
+        ("encoder", None, TypeError),
+        ("decoder", None, TypeError),
+        ("decoder", "yaml", TypeError),
+        ("async_task_timeout", "x", TypeError),
+        ("async_task_timeout", 0, ValueError),
+        ("async_task_timeout", -1.0, ValueError),
+        ("async_task_timeout", float("nan"), ValueError),
+        ("async_task_timeout", float("inf"), ValueError),
+        ("message_exchange", None, TypeError),
+        ("task_prefetch_count", "x", TypeError),
+    ],
+)
+def test_options_are_checked_where_they_are_given(option: str, value: Any, kind: type[Exception]) -> None:
+    """Not when a message is sent."""
+    name = option.removeprefix("task_")
+    with pytest.raises(kind, match=f"{name} .*not {str(value)!r}|{name} .*not {value!r}"):
+        prunus_kiwipy.connect("ipc:///nowhere", **{option: value})
+
+
+def test_no_bound_on_calls(connect: Stack, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With None, as in kiwipy, a call waits as long as it takes. To connect and to close are bounded all the same."""
+    monkeypatch.setattr(PrunusCommunicator, "TASK_TIMEOUT", 0.1)
+    with pytest.raises(kiwipy.TimeoutError, match="nobody"):
+        prunus_kiwipy.connect(f"{broker.endpoint}/nobody", async_task_timeout=None)
+    communicator = prunus_kiwipy.connect(
+        broker.endpoint,
+        async_task_timeout=None,
+        task_prefetch_count=None,
+        task_prefetch_size=None,
+        testing_mode=True,
+    )
+    broker.stop()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        sending = pool.submit(communicator.task_send, 1)
+        broker.start()
+        future = sending.result(WAIT_S)
+    with communicator.task_queue("kiwipy.tasks").next_task(timeout=None) as task, task.processing() as outcome:
+        outcome.set_result(task.body)
+    assert future.result(WAIT_S) == 1
+    broker.stop()
+    communicator.close()  # which has a queue to empty
+    assert communicator.is_closed()
+    broker.start()
+
+
+def test_the_bound_of_calls_has_kiwipys_name() -> None:
+    """What is not said otherwise can be asked for, and used in one's own."""
+    assert PrunusCommunicator.TASK_TIMEOUT == 5.0
+    assert prunus_kiwipy.connect.__kwdefaults__["async_task_timeout"] == PrunusCommunicator.TASK_TIMEOUT
 
 
 def test_connecting_with_what_is_no_key(short_folder: Path) -> None:

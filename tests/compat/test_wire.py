@@ -16,8 +16,17 @@ from prunus.errors import ProtocolError
 from prunus.messaging.patterns import matcher
 
 letters = st.text("ab.*#%[]?-= \n/", max_size=6)
+odd_letters = st.text("a.*\udce9", max_size=6)
 UUIDS = [UUID(int=1), UUID(int=2)]
-names = st.none() | letters | st.integers(-2, 2) | st.sampled_from(UUIDS) | st.booleans() | st.sampled_from([1.0, 1.5])
+names = (
+    st.none()
+    | letters
+    | odd_letters
+    | st.integers(-2, 2)
+    | st.sampled_from(UUIDS)
+    | st.booleans()
+    | st.sampled_from([1.0, 1.5])
+)
 
 
 def compiles(expression: str) -> bool:
@@ -30,7 +39,7 @@ def compiles(expression: str) -> bool:
 
 @st.composite
 def filter_values(draw: st.DrawFn) -> Any:
-    text = draw(letters)
+    text = draw(letters | odd_letters)
     kind = draw(st.sampled_from(["text", "regex", "flags", "other"]))
     if kind == "other" or not compiles(text) or not compiles(text.replace(".", "[.]").replace("*", ".*")):
         return draw(st.integers(-2, 2) | st.sampled_from(UUIDS) | st.just(1.5))
@@ -95,6 +104,16 @@ def test_what_the_broker_can_not_decide_is_delivered(subject: Any) -> None:
 
 def test_plain_subscribers_hear_everything() -> None:
     assert wire.patterns("e", print) == [(None, "kiwipy:e #")]
+
+
+@pytest.mark.parametrize("subject", ["caf\udce9*", re.compile("\udce9"), "caf*"])
+def test_names_are_what_utf8_can_say(subject: Any) -> None:
+    """Whatever the subject, the sender and the filter are: who may want to hear of it hears of it."""
+    subscriber = kiwipy.BroadcastFilter(lambda *_: None, subject=subject, sender="caf\udce9.dat")
+    said = [wire.sender_name("caf\udce9.dat"), wire.subject_name("e", "caf\udce9.dat")]
+    for name in [*said, *(name for pair in wire.patterns("e", subscriber) for name in pair if name)]:
+        name.encode()
+    assert delivered(subscriber, "e", "caf\udce9.dat", "caf\udce9.dat") == 1
 
 
 def test_names_of_exchanges_are_never_mixed_up() -> None:

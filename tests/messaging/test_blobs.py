@@ -305,9 +305,9 @@ def test_uploads_have_bounds(store: BlobStore, folder: Path, monkeypatch: pytest
 def test_an_upload_that_does_not_go_on_is_dropped(store: BlobStore, folder: Path) -> None:
     """Its bytes are given back, and who goes on after all begins again."""
     store.put(0.0, "s", DIGEST, 0, len(BODY), BODY[:10])
-    store.sweep(UPLOAD_IDLE_S, lambda digest: False)
+    store.drop_idle(UPLOAD_IDLE_S)
     assert len(unfinished(folder)) == 1
-    store.sweep(UPLOAD_IDLE_S + 1, lambda digest: False)
+    store.drop_idle(UPLOAD_IDLE_S + 1)
     assert unfinished(folder) == []
     assert store.put(200.0, "s", DIGEST, 10, len(BODY), BODY[10:20]) == 0
 
@@ -352,6 +352,32 @@ def test_a_full_disk(small_disk: Path) -> None:
         put(store, BODY)
     assert unfinished(small_disk / "blobs") == []
     assert b"".join(store.chunks(put(store, BODY[:CHUNK_BYTES]))) == BODY[:CHUNK_BYTES]
+
+
+def test_an_upload_that_does_not_fit(folder: Path) -> None:
+    """It is refused before it begins, or when the rest of it does not fit any more; and dropped then, unlike what
+    another session has of the same blob. Whoever goes on hears that nothing is there, and can begin anew."""
+    space = len(BODY) - 1
+    store = BlobStore(folder, 0.0, lambda size: "the disk" if size > space else None)
+    half = len(BODY) // 2
+
+    def say(session: str, begin: int, end: int) -> int:
+        return store.put(0.0, session, DIGEST, begin, len(BODY), BODY[begin:end])
+
+    with pytest.raises(StoreFullError, match="the disk"):
+        say("a", 0, 0)
+    assert unfinished(folder) == []
+    space = len(BODY)
+    assert say("a", 0, half) == half
+    assert say("b", 0, half + 1) == half + 1
+    space = len(BODY) - half - 1
+    with pytest.raises(StoreFullError, match="the disk"):
+        say("a", half, len(BODY))
+    assert [file.stat().st_size for file in unfinished(folder)] == [half + 1]
+    assert say("a", half, len(BODY)) == 0
+    assert say("b", half + 1, len(BODY)) == len(BODY)
+    assert say("a", 0, 0) == len(BODY), "it is there, and needs no space"
+    assert unfinished(folder) == []
 
 
 # --- behind an exchange -----------------------------------------------------------------------------
@@ -521,6 +547,47 @@ def test_a_full_disk_refuses_pieces(desk: Desk) -> None:
     assert unfinished(desk.folder) == []
 
 
+@pytest.mark.parametrize("name", ["refuse_new", "refuse_changes"])
+def test_what_came_is_dropped_when_the_disk_is_full(desk: Desk, name: str) -> None:
+    """Of the one who is refused, before he hears of it. The pieces that he has sent already take no space either, and
+    when there is some again he begins anew; meanwhile somebody else can go on with the same blob."""
+    total = 3 * CHUNK_BYTES
+    body = BODY[:total]
+    digest = hashlib.sha256(body).hexdigest()
+    pieces = [
+        BlobPut(id=number, digest=digest, offset=at, total=total, chunk=body[at : at + CHUNK_BYTES])
+        for number, at in enumerate(range(0, total, CHUNK_BYTES), 1)
+    ]
+    for route in ("a", "b"):
+        assert desk.say(route, pieces[0]) == [BlobHeld(id=1, size=CHUNK_BYTES)]
+    setattr(desk.exchange, name, "/the/disk")
+    assert isinstance(error_of(desk.say("a", pieces[1])[0]), StoreFullError)
+    assert len(unfinished(desk.folder)) == 1, "that of the other one"
+    setattr(desk.exchange, name, None)
+    assert desk.say("a", pieces[2]) == [BlobHeld(id=3, size=0)]
+    assert desk.say("b", *pieces[1:])[-1] == BlobHeld(id=3, size=total)
+    assert desk.say("a", pieces[0]) == [BlobHeld(id=1, size=total)]
+    assert unfinished(desk.folder) == []
+
+
+@pytest.mark.parametrize(("full", "keep"), [("/the/disk", False), (None, True)])
+def test_idle_uploads_go_while_finished_ones_are_kept(desk: Desk, full: str | None, keep: bool) -> None:
+    """Because the disk is full, or for a backup. What was put as a whole stays, needed or not, until that is over."""
+    desk.put()
+    desk.say("a", BlobPut(id=1, digest="0" * 64, offset=0, total=5, chunk=b"1"))
+    desk.exchange.refuse_changes = full
+    desk.exchange.sweep_blobs(UPLOAD_IDLE_S, keep_finished=keep)
+    assert len(unfinished(desk.folder)) == 1
+    desk.exchange.sweep_blobs(UPLOAD_IDLE_S + 1, keep_finished=keep)
+    assert unfinished(desk.folder) == []
+    for turn in range(2):
+        desk.exchange.sweep_blobs(LATER + turn * SWEEP_PAUSE_S, keep_finished=keep)
+    assert file_of(desk.folder, DIGEST).exists()
+    desk.exchange.refuse_changes = None
+    desk.sweep()
+    assert not file_of(desk.folder, DIGEST).exists()
+
+
 def test_who_leaves_takes_his_uploads_along(desk: Desk) -> None:
     desk.say("b", BlobPut(id=1, digest="0" * 64, offset=0, total=5, chunk=b"1"))
     assert len(unfinished(desk.folder)) == 1
@@ -681,6 +748,33 @@ async def test_a_restart_amid_an_upload_and_a_download(folder: Path, after_sends
             assert broker.exchange.broker_epoch == 3
             assert task.body == LARGE
             await task.acknowledge()
+        assert unfinished(folder) == []
+
+
+@pytest.mark.parametrize("after_sends", [1, 3])
+async def test_a_disk_that_fills_amid_an_upload(folder: Path, after_sends: int) -> None:
+    """Whoever puts is told, nothing is left of it, and the same can be put anew; two puts of one body do not disturb
+    each other."""
+    sends, full_at = 0, 0
+
+    def count(name: str) -> None:
+        nonlocal sends
+        if name == "after_send":
+            sends += 1
+            if sends == full_at:
+                broker.exchange.refuse_new = "/the/disk"
+
+    with closing(LocalBroker(blobs=folder, failpoint=count)) as broker:
+        async with await broker.connect() as communicator:
+            full_at = sends + after_sends
+            came = await asyncio.gather(
+                communicator.blob_put(LARGE), communicator.blob_put(LARGE), return_exceptions=True
+            )
+            assert [type(error) for error in came] == [StoreFullError, StoreFullError]
+            assert unfinished(folder) == []
+            broker.exchange.refuse_new = None
+            ref = await communicator.blob_put(LARGE)
+            assert await communicator.blob_get(ref) == LARGE
         assert unfinished(folder) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import os
 import signal
@@ -20,6 +21,7 @@ from prunus.errors import (
     CommunicatorClosedError,
     ConnectionLostError,
     ForkedProcessError,
+    ProfileError,
     RemoteError,
     TaskRejectedError,
     UnroutableError,
@@ -238,6 +240,82 @@ def test_a_handler_that_would_end_the_program(
         with pytest.raises(RemoteError, match="SystemExit"):
             communicator.rpc_send("leave", b"")
     assert "only the handler ended" in caplog.text
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_handler_that_would_end_the_program_gives_its_task_back(
+    communicator: BlockingCommunicator, is_async: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is not done, and comes again."""
+
+    def leave_at_first(task: IncomingTask) -> bytes:
+        if task.attempt == 1:
+            sys.exit(3)
+        return b"done"
+
+    async def leave_at_first_async(task: IncomingTask) -> bytes:
+        return leave_at_first(task)
+
+    communicator.add_task_subscriber(leave_at_first_async if is_async else leave_at_first)
+    assert communicator.task_send(b"", want_result=True).result(PATIENCE_S) == b"done"
+    assert "only the handler ended" in caplog.text
+
+
+def test_a_result_that_is_not_waited_for_any_more(endpoint: str, caplog: pytest.LogCaptureFixture) -> None:
+    """After its time-out, or Ctrl-C: asyncio has nothing to complain of when the communicator is closed."""
+    with connect_sync(endpoint) as communicator:
+        receipt = communicator.task_send(b"", want_result=True)
+        with pytest.raises(TimeoutError, match="can be asked for again"):
+            receipt.result(timeout_s=0.01)
+        with pytest.raises(ValueError, match="a time-out is a number of seconds"):
+            receipt.result(timeout_s=float("nan"))
+        threading.Timer(0.05, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            receipt.result()
+    del receipt, communicator
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            {"endpoint": None},
+            "a broker is named by its endpoint .ipc:// and a path., a key or the file of one",
+        ),
+        ({"endpoint": 5}, "not by 5"),
+        (
+            {"endpoint": "tcp://10.0.0.1:5010"},
+            "is reached with a key, which says where it is: give the file",
+        ),
+        ({"timeout_s": "x"}, "a time-out is a number of seconds, or None for no end, not 'x'"),
+        ({"timeout_s": float("nan")}, "a time-out is a number of seconds"),
+        ({"name": "worker 1"}, "the name of a peer is made of the letters"),
+        ({"name": 5}, "the name of a peer is a text, not 5"),
+        ({"name": None}, "the name of a peer is a text, not None"),
+    ],
+)
+def test_what_nobody_can_connect_to(endpoint: str, arguments: dict[str, Any], words: str) -> None:
+    """It is said at once, in words, and no thread stays."""
+    before = set(threading.enumerate())
+    with pytest.raises((TypeError, ValueError, ProfileError), match=words):
+        connect_sync(**{"endpoint": endpoint, **arguments})
+    for thread in set(threading.enumerate()) - before:
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+
+def test_what_is_seen_of_it(endpoint: str) -> None:
+    """Who it is, and that it is closed."""
+    communicator = connect_sync(endpoint)
+    subscription = communicator.add_rpc_subscriber(lambda body: body, "echo")
+    behind = f"<ThreadedCommunicator {communicator.session} at {endpoint}"
+    assert repr(communicator) == f"<BlockingCommunicator of {behind}>>"
+    assert repr(subscription) == f"<blocking <RpcSubscription 'echo' of {communicator.session}>>"
+    communicator.close()
+    assert repr(communicator) == f"<BlockingCommunicator of {behind}, closed>, closed>"
+    assert repr(subscription) == f"<blocking <RpcSubscription 'echo' of {communicator.session}, cancelled>>"
 
 
 def test_ctrl_c_ends_the_wait(communicator: BlockingCommunicator) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 
 from prunus.errors import (
@@ -25,6 +28,7 @@ from prunus.messaging.broker import (
     Left,
     Show,
     StoredState,
+    Tell,
 )
 from prunus.messaging.inventory import TaskInfo
 from prunus.messaging.messages import (
@@ -65,7 +69,18 @@ from prunus.messaging.messages import (
     Welcome,
     decode_from_broker,
 )
-from prunus.messaging.queues import BACK_OFF_S, MAX_BACK_OFF_S, Deliver, Hold, Keep, Send, Task
+from prunus.messaging.queues import (
+    BACK_OFF_S,
+    FRAME_COST_BYTES,
+    MAX_BACK_OFF_S,
+    MAX_GIVEN_BYTES,
+    Deliver,
+    Hold,
+    Keep,
+    Send,
+    Task,
+    dead_letter,
+)
 
 EPOCH = 7
 WALL = 1_700_000_000.0
@@ -91,6 +106,9 @@ class Bench:
                     sends.append((effect.session, message))
                 case Deliver():
                     sends.append(self.delivery(effect.task))
+                case Tell():
+                    task = effect.task
+                    sends.append((effect.session, decode_from_broker(task.outcome or dead_letter(task))))
                 case Keep():
                     self.bodies[effect.number] = effect.body
                 case _:
@@ -581,6 +599,30 @@ def test_who_was_wrongly_taken_for_dead_gets_what_is_still_known(bench: Bench) -
     assert outcomes(said) == [("ann", "t2", b"two")]
 
 
+def test_who_did_not_hear_that_its_task_was_joined_gets_the_result(bench: Bench) -> None:
+    """It knows only the id of its own; the answer that says which task stands for that one was lost on its way."""
+    bench.say("cat", send(1, queue="q", key="k"))
+    bench.say("ann", send(2, queue="q", key="k", want_result=True))
+    bench.core.disconnected("ann")
+    [(_, held)] = bench.deliveries(bench.say("bob", TaskSubscribe(id=1, queue="q", credit=1)))
+    bench.say("bob", TaskAck(id=2, task="t1", epoch=held.epoch, outcome=b"one"))
+    assert outcomes(bench.hello("ann", expected=("t2",))) == [("ann", "t1", b"one")]
+
+
+def test_a_forgotten_client_that_sends_again_gets_the_result(bench: Bench) -> None:
+    """The task is there: it is confirmed, and its sender waits for it."""
+    bench.say("ann", send(1, queue="q", want_result=True))
+    bench.take(bench.core.expired("ann"))
+    for number in range(MAX_RETIRED):
+        bench.hello(f"other{number}")
+        bench.take(bench.core.expired(f"other{number}"))
+    bench.hello("ann")
+    bench.say("ann", send(1, queue="q", want_result=True))
+    [(_, held)] = bench.deliveries(bench.say("bob", TaskSubscribe(id=1, queue="q", credit=1)))
+    said = bench.say("bob", TaskAck(id=2, task="t1", epoch=held.epoch, outcome=b"one"))
+    assert outcomes(said) == [("ann", "t1", b"one")]
+
+
 def test_who_says_goodbye_waits_for_nothing(bench: Bench) -> None:
     """Whatever comes of its tasks is kept for nobody."""
     [(_, delivery)] = bench.deliveries(bench.say("ann", send(1, want_result=True)))
@@ -738,6 +780,47 @@ def test_a_question_to_nobody(bench: Bench) -> None:
     [(_, refused)] = bench.say("ann", ask())
     assert isinstance(refused, Refused)
     assert isinstance(refused.failure.to_exception(), UnroutableError)
+
+
+def test_what_waits_for_its_owner_is_asked_once(bench: Bench) -> None:
+    """Questions that came before the one who answers was back: after its welcome, each once, as much as it can read."""
+    state = StoredState(sessions=(("bob", Peer("h", 1, 2)), ("ann", Peer("h", 1, 2))))
+    again = Bench(state, EPOCH + 1)
+    again.hello("ann")
+    number = 3 * MAX_GIVEN_BYTES // FRAME_COST_BYTES // 2
+    for request in range(1, number + 1):
+        assert again.say("ann", ask(request)) == []
+    welcome, *asked = again.hello("bob", identifiers=(("name", EPOCH),))
+    assert isinstance(welcome[1], Welcome)
+    assert len(asked) <= MAX_GIVEN_BYTES // FRAME_COST_BYTES
+    assert again.say("ann", ask(number + 1)) == [], "it comes after those that wait already"
+    asked += again.take(again.core.go_on())
+    assert [question.id for _, question in asked if isinstance(question, RpcDelivery)] == [*range(1, number + 2)]
+
+
+class Long(tuple[Any, ...]):
+    """It is not to be looked through for each of many things."""
+
+    looks = 0
+
+    def __contains__(self, item: object) -> bool:
+        raise AssertionError("it is searched")
+
+    def __iter__(self) -> Iterator[Any]:
+        self.looks += 1
+        return super().__iter__()
+
+
+def test_what_a_hello_says_is_not_searched(bench: Bench) -> None:
+    """A session that waits for very many results, under very many names, comes back in a moment."""
+    names = Long((f"name{number}", EPOCH) for number in range(20))
+    bench.hello("ann", identifiers=names)
+    [(_, held)] = bench.deliveries(bench.say("ann", send(2, want_result=True)))
+    bench.say("bob", TaskAck(id=1, task="t2", epoch=held.epoch))
+    names.looks = 0
+    [_, told] = bench.hello("ann", awaited=Long(["t2"]), expected=Long(["t2"]), identifiers=names)
+    assert isinstance(told[1], TaskResult)
+    assert names.looks < len(names)
 
 
 def test_a_name_of_another(bench: Bench) -> None:

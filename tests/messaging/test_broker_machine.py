@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from prunus.messaging.broker import BrokerCore, Effect
+from prunus.messaging.broker import BrokerCore, Effect, Tell
 from prunus.messaging.inventory import QueueLimits
 from prunus.messaging.messages import (
     LEASE_S,
@@ -45,7 +45,7 @@ from prunus.messaging.messages import (
     decode_from_broker,
 )
 from prunus.messaging.patterns import matcher
-from prunus.messaging.queues import Deliver, Keep, Send, Task
+from prunus.messaging.queues import Deliver, Keep, Send, Task, dead_letter
 from prunus.messaging.taskstore import TaskStore
 
 WALL = 1_000_000.0
@@ -124,13 +124,18 @@ class BrokerMachine(RuleBasedStateMachine):
                     self._arrive(effect.session, decode_from_broker(message) if isinstance(message, bytes) else message)
                 case Deliver():
                     self._deliver(effect.task)
+                case Tell():
+                    task = effect.task
+                    frame = dead_letter(task) if task.place == "dead" else self.store.outcome(task.number)
+                    assert frame is not None
+                    self._arrive(effect.session, decode_from_broker(frame))
         self._write()
 
     def _write(self) -> None:
         self.store.write(self.core.take_changes())
         before, self.rows = self.rows, {task.id: task for task in TaskStore(self.connection).load().tasks}
         for task in self.rows.values():
-            if task.outcome is not None:
+            if task.place == "settled":
                 self._ended(task.id)
         for task_id in before.keys() - self.rows.keys():
             self._ended(task_id)
@@ -145,7 +150,7 @@ class BrokerMachine(RuleBasedStateMachine):
         sent = self.accepted[task_id]
         assert sent.key is not None, "only its holder ends a task without a key"
         equals = [one for one in self.rows.values() if one.key == sent.key and one.queue == sent.queue]
-        assert any(one.id != task_id and one.outcome is None for one in equals), "lost"
+        assert any(one.id != task_id and one.place != "settled" for one in equals), "lost"
 
     def _arrive(self, session: str, message: BrokerMessage) -> None:
         peer = self.peers[session]
@@ -521,6 +526,23 @@ class BrokerMachine(RuleBasedStateMachine):
         """As far as it was given under this credit: what is held is never more than what was ever allowed."""
         for name, one in self.core.statistics().sessions.items():
             assert one.credit <= sum(self.peers[name].credit.values())
+
+    @invariant()
+    def nobody_with_room_waits_for_what_is_ready(self) -> None:
+        """Unless the limits of its queue, or tokens, keep it back."""
+        holds = [(one.queue, one.hold) for one in self.rows.values() if one.hold is not None]
+        held = Counter((hold.session, queue, hold.pattern) for queue, hold in holds)
+        gpu = self.core.statistics().resources.get("gpu")
+        free = 0 if gpu is None or gpu.capacity is None else gpu.capacity - gpu.taken
+        for task in self.core._queues.select(place="ready"):
+            limits = self.limits.get(task.queue, QueueLimits())
+            is_limited = limits.concurrency is not None or limits.rate_per_s is not None
+            if is_limited or sum(tokens for _, tokens in task.needs) > free:
+                continue
+            for name, peer in self.peers.items():
+                for (queue, pattern), credit in peer.credit.items() if self._known(peer) else ():
+                    wants = queue == task.queue and matcher(pattern)(task.subject)
+                    assert not wants or held[name, queue, pattern] >= credit, f"{name} does not get {task.id}"
 
     @invariant()
     def keys_are_exclusive(self) -> None:

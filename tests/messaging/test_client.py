@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -38,6 +38,7 @@ from prunus.messaging.client import (
     TurnedAway,
     Up,
 )
+from prunus.messaging.inventory import QueueLimits
 from prunus.messaging.messages import (
     LEASE_S,
     MAGIC,
@@ -46,6 +47,9 @@ from prunus.messaging.messages import (
     MAX_NAME_CHARS,
     PROTOCOL,
     Alive,
+    BlobGet,
+    BlobPut,
+    BroadcastSend,
     BroadcastSubscribe,
     BroadcastUnsubscribe,
     BrokerMessage,
@@ -58,8 +62,10 @@ from prunus.messaging.messages import (
     Hello,
     HelloNeeded,
     Peer,
+    QueueConfigure,
     Refused,
     Request,
+    ResourceConfigure,
     ResultSeen,
     RpcAnswer,
     RpcDelivery,
@@ -67,8 +73,11 @@ from prunus.messaging.messages import (
     RpcRequest,
     RpcSubscribe,
     RpcUnsubscribe,
+    StatisticsAsk,
     TaskAck,
     TaskDelivery,
+    TaskEdit,
+    TaskList,
     TaskNack,
     TaskResult,
     TaskSend,
@@ -599,6 +608,101 @@ def test_patience_ends(line: Line) -> None:
     ]
     line.reconnect()
     assert [type(message) for message in line.said()] == [TaskAck]
+
+
+def test_what_was_given_up_is_said_in_words() -> None:
+    """What was asked for, which broker did not answer and for how long, whether it had an effect, and what to do."""
+    core = ClientCore("me", Peer(), endpoint="ipc:///run/s")
+    core.connect(100.0)
+    core.on_frame(100.0, encode(Welcome(broker_epoch=1)))
+    core.ask(100.0, lambda id: TaskSend(id=id, task="t1", body=b"", queue="q"))
+    core.ask(100.0, lambda id: RpcRequest(id=id, recipient="name", body=b"", timeout_s=3.0), 3.0)
+    [said] = core.tick(103.0)
+    core.connect(104.0)
+    core.ask(104.0, lambda id: TaskSend(id=id, task="t2", body=b"", queue="q"))
+    core.ask(104.0, lambda id: StatisticsAsk(id=id))
+    errors = [event.error for event in (said, *core.tick(165.0)) if isinstance(event, Failed)]
+    assert [str(error) for error in errors] == [
+        "asking 'name' may or may not have happened: no answer came within 3 s; find out before you do it again",
+        "sending the task t1 to the queue 'q' may or may not have happened: the broker at ipc:///run/s did not answer "
+        "for 61 s; find out before you do it again",
+        "sending the task t2 to the queue 'q' was not done: the broker at ipc:///run/s did not answer for 61 s; do it "
+        "again when there is a broker: is the daemon running? (`prunus daemon status`)",
+        "asking for the statistics was not done: the broker at ipc:///run/s did not answer for 61 s; do it "
+        "again when there is a broker: is the daemon running? (`prunus daemon status`)",
+    ]
+    for error in errors:
+        assert str(outcome_of(error).to_exception()) == str(error)
+    assert errors[0].facts()["key"] == "name"
+
+
+REQUESTS: list[Request] = [
+    TaskSend(id=1, task="t", body=b""),
+    TaskAck(id=1, task="t", epoch=1),
+    TaskNack(id=1, task="t", epoch=1, reason=""),
+    TaskSubscribe(id=1, queue="q", credit=1),
+    TaskUnsubscribe(id=1, queue="q"),
+    RpcRequest(id=1, recipient="name", body=b"", timeout_s=1.0),
+    RpcSubscribe(id=1, identifier="name"),
+    RpcUnsubscribe(id=1, identifier="name"),
+    BroadcastSend(id=1, body=b"", sender=None, subject="news"),
+    BroadcastSubscribe(id=1, subscription=1, sender=None, subject=None),
+    BroadcastUnsubscribe(id=1, subscription=1),
+    Call(id=1, requests=(), acks=()),
+    TaskList(id=1),
+    TaskEdit(id=1, action="requeue", tasks=("t",)),
+    QueueConfigure(id=1, queue="q", limits=QueueLimits()),
+    ResourceConfigure(id=1, resource="gpu", capacity=1),
+    StatisticsAsk(id=1),
+    BlobPut(id=1, digest="0" * 64, offset=0, total=1, chunk=b"x"),
+    BlobGet(id=1, digest="0" * 64, offset=0, limit=1),
+    Goodbye(id=1),
+]
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda one: type(one).__name__)
+def test_each_request_has_words(request_: Request) -> None:
+    """No class of ours, but what it is about."""
+    words = client._words_for(request_)
+    assert type(request_).__name__ not in words
+    assert words[0].islower()
+
+
+def test_all_requests_have_words() -> None:
+    """None is forgotten above."""
+    assert {type(one) for one in REQUESTS} == set(get_args(Request))
+
+
+@pytest.mark.parametrize(
+    "subscribe",
+    [
+        lambda id: TaskSubscribe(id=id, queue="q", credit=2),
+        lambda id: RpcSubscribe(id=id, identifier="name"),
+        lambda id: BroadcastSubscribe(id=id, subscription=1, sender=None, subject=None),
+    ],
+)
+def test_what_was_given_up_takes_no_other_subscription_away(line: Line, subscribe: Callable[[int], Request]) -> None:
+    """Of two about one name the later one counts: what is true ends with its end, not when patience does."""
+    line.core.ask(line.now, subscribe)
+    line.core.connect(line.now)
+    events = line.wait(PATIENCE_S + 1)
+    assert [type(event.error) for event in events if isinstance(event, Failed)] == [IndeterminateError]
+    line.said()
+    hello = line.reconnect()
+    assert (*hello.queues, *hello.identifiers, *hello.patterns) != ()
+
+
+def test_who_may_have_done_it_already(line: Line) -> None:
+    """An answer tells whether the request was said on an earlier connection too; not if a broker said there that it
+    does not know us, and so did nothing."""
+    line.hear(delivery(5), delivery(6, "u"), delivery(7, "v"))
+    first = line.core.ask(line.now, lambda id: TaskAck(id=id, task="t", epoch=5))
+    line.reconnect()
+    second = line.core.ask(line.now, lambda id: TaskAck(id=id, task="u", epoch=6))
+    line.hear(HelloNeeded(), Welcome(broker_epoch=1))
+    third = line.core.ask(line.now, lambda id: TaskAck(id=id, task="v", epoch=7))
+    events = line.hear(*(Done(id=id, stale=True) for id in (first, second, third)))
+    assert [event.unsure for event in events if isinstance(event, Answered)] == [True, False, False]
 
 
 def test_requests_have_a_bound(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:

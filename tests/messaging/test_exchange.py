@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -78,6 +80,7 @@ from prunus.messaging.messages import (
     decode_from_broker,
     encode,
 )
+from prunus.messaging.queues import MAX_GIVEN_BYTES
 from prunus.messaging.taskstore import TaskStore
 from prunus.testing.communicator_contract import ContractService
 
@@ -400,13 +403,13 @@ def test_what_waits_until_its_peer_has_read_has_a_bound(
 
 def test_answers_take_no_space_that_others_need(path: Path) -> None:
     """On a disk that would be full with them the call is undone; what comes after it is done."""
-    blobs = BlobStore(path.parent / "blobs", 0.0)
     connection = sqlite3.connect(path, isolation_level=None)
 
     def full_with(size: int) -> str | None:
         return "the disk" if size > MAX_BODY_BYTES else None
 
-    desk: Exchange[str] = Exchange(connection, service=Flood(MAX_BODY_BYTES), blobs=blobs, full_with=full_with)
+    blobs = BlobStore(path.parent / "blobs", 0.0, full_with)
+    desk: Exchange[str] = Exchange(connection, service=Flood(MAX_BODY_BYTES), blobs=blobs)
     desk.process(0.0, [("r", encode(Hello(session="s", peer=Peer())))])
     frames = [encode(Call(id=1, requests=(b"", b""))), encode(send(2))]
     [(_, refused), (_, stored)] = desk.process(0.0, [("r", frame) for frame in frames])
@@ -415,7 +418,7 @@ def test_answers_take_no_space_that_others_need(path: Path) -> None:
     assert isinstance(refused, Refused)
     assert isinstance(refused.failure.to_exception(), StoreFullError)
     assert isinstance(stored, TaskStored)
-    assert not (path.parent / "blobs").exists()
+    assert not [one for one in (path.parent / "blobs").rglob("*") if one.is_file()]
 
 
 def test_without_a_service(path: Path) -> None:
@@ -909,6 +912,70 @@ def test_a_damaged_body_is_a_dead_letter(path: Path) -> None:
     again.connection.close()
 
 
+def test_results_that_nobody_reads_take_no_memory(path: Path) -> None:
+    """They are on the disk until their sender is there again, also over a restart."""
+    number, size = 24, 1024 * 1024
+    desk = Desk(path)
+    desk.hello("a", "ann", secret="s")
+    desk.hello("b", "bob", queues=(("default", number),))
+    desk.exchange.drop_route("a")
+    tracemalloc.start()
+    try:
+        for each in range(1, number + 1):
+            desk.hello("a", "ann", secret="s", expected=tuple(f"t{one}" for one in range(each)))
+            [(_, delivery)] = [
+                one
+                for one in desk.say(("a", TaskSend(id=each, task=f"t{each}", body=b"", want_result=True)))
+                if isinstance(one[1], TaskDelivery)
+            ]
+            desk.exchange.drop_route("a")
+            assert isinstance(delivery, TaskDelivery)
+            desk.say(("b", TaskAck(id=each, task=delivery.task, epoch=delivery.epoch, outcome=b"x" * size)))
+        del delivery
+        assert tracemalloc.get_traced_memory()[0] < 3 * size
+        desk = restarted(desk, path)
+        assert tracemalloc.get_traced_memory()[0] < 3 * size
+    finally:
+        tracemalloc.stop()
+    names = tuple(f"t{each}" for each in range(1, number + 1))
+    told = [one for _, one in desk.hello("a", "ann", secret="s", awaited=names) if isinstance(one, TaskResult)]
+    assert len(told) * size <= 2 * MAX_GIVEN_BYTES
+    while len(told) < number:
+        more = [decode_from_broker(frame) for _, frame in desk.exchange.tick(0.0)]
+        assert more
+        told += [one for one in more if isinstance(one, TaskResult)]
+    assert {one.task: one.outcome for one in told} == dict.fromkeys(names, b"x" * size)
+    desk.connection.close()
+
+
+def test_very_many_damaged_bodies(path: Path) -> None:
+    """All of them are dead letters, in the batch in which they would have been given out."""
+    number = sys.getrecursionlimit()
+    desk = Desk(path)
+    desk.hello("a", "ann")
+    desk.say(*(("a", send(each)) for each in range(1, number + 1)))
+    desk.connection.execute("UPDATE broker_task SET body = x'ff'")
+    again = restarted(desk, path)
+    again.hello("b", "bob", queues=(("default", 1),))
+    assert again.exchange.statistics().queues["default"].dead == number
+    again.connection.close()
+
+
+def test_a_damaged_body_whose_receiver_leaves_in_the_same_batch(path: Path) -> None:
+    """Whoever would get it next does not get it either."""
+    desk = Desk(path)
+    desk.hello("a", "ann")
+    desk.say(("a", send(1)))
+    desk.connection.execute("UPDATE broker_task SET body = x'ff'")
+    again = restarted(desk, path)
+    again.hello("c", "cat")
+    hello = Hello(session="bob", peer=Peer(), queues=(("default", 1),))
+    again.say(("c", TaskSubscribe(id=1, queue="default", credit=0)), ("b", hello), ("b", Goodbye(id=1)))
+    again.say(("c", TaskSubscribe(id=2, queue="default", credit=1)))
+    assert again.exchange.statistics().queues["default"].dead == 1
+    again.connection.close()
+
+
 def test_tasks_are_listed_page_by_page(desk: Desk) -> None:
     """Oldest first, so many at a time; with their bodies as many as fit into a frame."""
     desk.hello("r", "ann")
@@ -1074,6 +1141,27 @@ def test_what_can_wait_is_not_written_to_a_full_disk(path: Path) -> None:
     again = restarted(desk, path)
     assert set(again.exchange.sessions()) == {"bob", "cat"}
     again.connection.close()
+
+
+def test_what_is_told_on_a_full_disk_is_on_it(path: Path) -> None:
+    """A last attempt and what was buried are stored; what can't be is refused: nothing is told that a kill undoes."""
+    desk = Desk(path)
+    desk.hello("b", "bob", queues=(("default", 5),))
+    [(_, last), _] = desk.say(("b", TaskSend(id=1, task="t1", body=b"", max_attempts=1)))[::-1]
+    desk.say(
+        ("b", TaskSend(id=2, task="t2", body=b"", queue="q")), ("b", TaskSend(id=3, task="t3", body=b"", queue="q"))
+    )
+    desk.say(("b", TaskEdit(id=4, action="bury", tasks=("t3",))))
+    assert isinstance(last, TaskDelivery)
+    desk.exchange.refuse_changes = desk.exchange.refuse_new = "somewhere"
+    desk.say(("b", TaskNack(id=5, task="t1", epoch=last.epoch)))
+    desk.say(("b", TaskEdit(id=6, action="bury", tasks=("t2",))))
+    [(_, refused)] = desk.say(("b", TaskEdit(id=7, action="requeue", tasks=("t3",))))
+    assert isinstance(refused, Refused)
+    assert isinstance(refused.failure.to_exception(), StoreFullError)
+    places = {task.id: task.place for task in TaskStore(desk.connection).load().tasks}
+    assert places == {"t1": "dead", "t2": "dead", "t3": "dead"}
+    desk.connection.close()
 
 
 # --- defects that the simulation and the fuzzers found ---

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
-from prunus.errors import CommunicatorClosedError
+from prunus.errors import CommunicatorClosedError, DuplicateSubscriberError
+from prunus.messaging.arguments import MAX_PEER_NAME_CHARS
+from prunus.messaging.communicator import Communicator, IncomingTask
+from prunus.messaging.inventory import QueueLimits
 from prunus.messaging.local import LocalBroker, LocalCommunicator
 from prunus.testing import CommunicatorContract, ContractService
-from prunus.testing.communicator_contract import Inbox, echo
+from prunus.testing.communicator_contract import Inbox, TakeForDead, echo
 
 Connect = Callable[[], Awaitable[LocalCommunicator]]
 
@@ -23,6 +26,13 @@ class TestLocalCommunicator(CommunicatorContract):
     @pytest.fixture
     async def connect(self, peers: Connect) -> Connect:
         return peers
+
+    @pytest.fixture
+    async def take_for_dead(self, broker: LocalBroker) -> TakeForDead:
+        async def take_for_dead(peer: Communicator) -> None:
+            broker.expire(peer.session)
+
+        return take_for_dead
 
 
 async def test_a_session_is_known_by_its_process(peers: Connect) -> None:
@@ -65,6 +75,17 @@ class Bytes(bytes):
         (lambda one: one.task_send(b"", not_before="2030-01-01"), "not_before is a datetime with a time zone"),
         (lambda one: one.task_send(b"", resources=["gpu"]), "resources are a mapping"),
         (lambda one: one.call([], acks=["task"]), "as they came to a handler or from next_task, not 'task'"),
+        (lambda one: one.configure_queue("q", None), "are a QueueLimits, not None"),
+        (lambda one: one.configure_queue("q", QueueLimits(rate_per_s=0)), "rate_per_s is 0; it must be more than 0"),
+        (lambda one: one.configure_queue("q", QueueLimits(rate_per_s=-1.0)), "rate_per_s is -1.0"),
+        (lambda one: one.configure_queue("q", QueueLimits(rate_per_s=float("nan"))), "rate_per_s is nan"),
+        (lambda one: one.configure_queue("q", QueueLimits(rate_per_s=float("inf"))), "rate_per_s is inf"),
+        (lambda one: one.configure_queue("q", QueueLimits(rate_per_s="5")), r"no limits of a queue.*rate_per_s"),
+        (lambda one: one.configure_queue("q", QueueLimits(burst=0)), "burst is 0; it must be from 1 to 2,000,000"),
+        (lambda one: one.configure_queue("q", QueueLimits(burst=2**70)), "burst is 1180591620717411303424; it must be"),
+        (lambda one: one.configure_queue("q", QueueLimits(burst=1.5)), "burst is a whole number, not 1.5"),
+        (lambda one: one.configure_queue("q", QueueLimits(concurrency=-1)), "concurrency is a whole number from 0 on"),
+        (lambda one: one.configure_queue("q", QueueLimits(max_length=2**70)), "max_length is a whole number from 0 on"),
     ],
 )
 async def test_what_is_of_another_type_is_refused_and_leaves_nothing(
@@ -102,12 +123,70 @@ async def test_bytes_of_a_subclass_are_bytes(peers: Connect) -> None:
     async def answer(question: bytes) -> bytes:
         return Bytes(question + b"!")
 
+    async def change_it_then(task: IncomingTask) -> bytes:
+        buffer = bytearray(task.body)
+        asyncio.get_running_loop().call_soon(buffer.clear)
+        return buffer  # type: ignore[return-value]
+
     await peer.add_rpc_subscriber(answer, "name")
+    await peer.add_task_subscriber(change_it_then, queue="buffers")
+    assert await (await other.task_send(b"1", queue="buffers", want_result=True)).result() == b"1", "as it was then"
     await peer.add_task_subscriber(lambda task: Bytes(task.body))
     assert await other.rpc_send("name", Bytes(b"1")) == b"1!"
     receipt = await other.task_send(Bytes(b"2"), want_result=True)
     assert await receipt.result() == b"2"
     assert await other.rpc_send("name", b"3") == b"3!"
+
+
+@pytest.mark.parametrize("name", ["worker 1", "J\xf6rg", "a" * 168, "\ud800", "a/b", "a\n"])
+async def test_a_name_that_no_session_can_have_is_refused(broker: LocalBroker, name: str) -> None:
+    """Before anything is said, with what a name is."""
+    with pytest.raises(ValueError, match="the name of a peer is made of the letters A to Z and a to z, digits"):
+        await broker.connect(name)
+
+
+async def test_a_name_is_a_text(broker: LocalBroker) -> None:
+    """As long as there is room for what makes a session unique."""
+    for wrong in (5, None, b"name"):
+        with pytest.raises(TypeError, match="the name of a peer is a text"):
+            await broker.connect(wrong)  # type: ignore[arg-type]
+    async with await broker.connect("a" * MAX_PEER_NAME_CHARS) as peer:
+        assert peer.session in (await peer.statistics()).sessions
+
+
+async def test_what_is_seen_of_a_peer(broker: LocalBroker) -> None:
+    """Who it is, to what it is subscribed, and whether that is over."""
+    peer = await broker.connect("ann")
+    subscriptions = [
+        await peer.add_task_subscriber(echo, queue="q", credit=3, subject="a.*"),  # type: ignore[arg-type]
+        await peer.add_rpc_subscriber(echo, "name"),
+        await peer.add_broadcast_subscriber(print, subject="news"),
+        await peer.add_broadcast_subscriber(print),
+    ]
+    shown = [
+        f"<TaskSubscription 'q', subject 'a.*', credit 3 of {peer.session}>",
+        f"<RpcSubscription 'name' of {peer.session}>",
+        f"<BroadcastSubscription subject 'news' of {peer.session}>",
+        f"<BroadcastSubscription all of {peer.session}>",
+    ]
+    assert list(map(repr, subscriptions)) == shown
+    await subscriptions[0].cancel()
+    await subscriptions[1].cancel()
+    assert [repr(one).endswith(", cancelled>") for one in subscriptions] == [True, True, False, False]
+    assert repr(peer) == f"<LocalCommunicator {peer.session} at local>"
+    await peer.close()
+    assert repr(peer) == f"<LocalCommunicator {peer.session} at local, closed>"
+    assert all(repr(one).endswith(", cancelled>") for one in subscriptions)
+
+
+async def test_who_has_a_name_already_is_said(peers: Connect) -> None:
+    """This communicator, or somebody else."""
+    peer, other = await peers(), await peers()
+    await peer.add_rpc_subscriber(echo, "name")
+    with pytest.raises(DuplicateSubscriberError, match="this communicator is subscribed as 'name' already; cancel"):
+        await peer.add_rpc_subscriber(echo, "name")
+    with pytest.raises(DuplicateSubscriberError, match="somebody else is subscribed as 'name'"):
+        await other.add_rpc_subscriber(echo, "name")
 
 
 async def test_nothing_is_lost_in_a_restart(broker: LocalBroker, peers: Connect) -> None:

@@ -56,9 +56,10 @@ from prunus.messaging.messages import (
     encode,
 )
 from prunus.messaging.server import Server as BrokerServer
-from prunus.messaging.zeromq import NetworkDoor
+from prunus.messaging.threaded import ThreadedCommunicator
+from prunus.messaging.zeromq import NetworkDoor, NetworkTransport
 from prunus.testing import CommunicatorContract, ContractService
-from prunus.testing.communicator_contract import Inbox, echo
+from prunus.testing.communicator_contract import Inbox, TakeForDead, echo
 from tests.messaging.test_unix import HERE, environment
 
 POLL_S = 0.01
@@ -116,6 +117,19 @@ class TestCurveCommunicator(CommunicatorContract):
     @pytest.fixture
     async def connect(self, peers: Connect) -> Connect:
         return peers
+
+    @pytest.fixture
+    async def take_for_dead(self) -> TakeForDead:
+        async def take_for_dead(peer: Communicator) -> None:
+            """Say in its name, and with its key, that it holds nothing."""
+            assert isinstance(peer, ThreadedCommunicator)
+            assert isinstance(peer._transport, NetworkTransport)
+            with raw_peer(peer._transport._key) as imposter:
+                hello = Hello(session=peer.session, peer=Peer(), secret=peer._core._secret)
+                [answer] = await asyncio.to_thread(say, imposter, hello)
+                assert isinstance(answer, Welcome)
+
+        return take_for_dead
 
 
 @contextmanager

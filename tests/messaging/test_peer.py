@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 from collections.abc import Awaitable, Callable
@@ -10,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from prunus.errors import BusyError
+from prunus.errors import BusyError, CommunicatorClosedError, IndeterminateError, TaskRejectedError
 from prunus.messaging import client, deliveries, handover, local
+from prunus.messaging import peer as peer_module
+from prunus.messaging.client import PATIENCE_S
 from prunus.messaging.communicator import IncomingTask
 from prunus.messaging.handover import Callback, Crossing, Handler, Handover, Job, Jobs, NotRunError, Waiter
 from prunus.messaging.liveness import boottime
@@ -22,6 +25,8 @@ from prunus.messaging.messages import (
     BrokerMessage,
     ClientMessage,
     Done,
+    Hello,
+    HelloNeeded,
     Missed,
     TaskAck,
     TaskDelivery,
@@ -32,7 +37,7 @@ from prunus.messaging.messages import (
     decode_from_client,
     encode,
 )
-from prunus.messaging.peer import PeerCommunicator
+from prunus.messaging.peer import PeerCommunicator, Taken
 from prunus.testing.communicator_contract import Inbox
 
 Connect = Callable[[], Awaitable[LocalCommunicator]]
@@ -99,16 +104,26 @@ async def test_a_plain_handler_of_a_lost_task_ends_in_its_own_time(
 
 
 async def test_a_lost_task_that_was_fetched(broker: LocalBroker, peers: Connect) -> None:
-    """To acknowledge it changes nothing, and the next one can be fetched."""
+    """To acknowledge it is an error and changes nothing, whether that was known before or not; and the next one can be
+    fetched."""
     sender, worker, other = await peers(), await peers(), await peers()
+    for is_known in (False, True):
+        receipt = await sender.task_send(b"job", want_result=True, queue="q")
+        async with await worker.next_task(queue="q") as task:
+            broker.expire(worker.session)
+            async with await other.next_task(queue="q") as again:
+                assert again.id == task.id
+                if is_known:
+                    await worker.call([])
+                with pytest.raises(TaskRejectedError) as error:
+                    await task.acknowledge(b"stale")
+                assert f"somebody else has the task {task.id} of the queue 'q' meanwhile" in str(error.value)
+                assert "does not count" in str(error.value)
+                await again.acknowledge(b"fresh")
+        assert await receipt.result() == b"fresh"
     receipt = await sender.task_send(b"job", want_result=True)
     async with await worker.next_task() as task:
-        broker.expire(worker.session)
-        async with await other.next_task() as again:
-            assert again.id == task.id
-            await worker.call([])
-            await task.acknowledge(b"stale")
-            await again.acknowledge(b"fresh")
+        await task.acknowledge(b"fresh")
     assert await receipt.result() == b"fresh"
     await sender.task_send(b"next")
     async with await worker.next_task(timeout_s=0) as task:
@@ -188,6 +203,223 @@ async def test_a_task_that_crosses_the_end_of_a_fetch_is_taken() -> None:
     peer.step(1.0)
     assert [type(message) for message in peer.said()] == [TaskUnsubscribe, TaskAck]
     settling.cancel()
+
+
+async def fetched(peer: ByHand) -> Taken:
+    """A task that it holds."""
+    fetching = asyncio.create_task(peer.next_task(queue="q"))
+    await asyncio.sleep(0)
+    peer.step(1.0)
+    peer.step(1.0, TaskDelivery(task="t", queue="q", key=None, body=b"x", epoch=5, attempt=1))
+    [*_, subscribe] = peer.said()
+    assert isinstance(subscribe, TaskSubscribe)
+    peer.step(1.0, Done(id=subscribe.id))
+    return await fetching
+
+
+async def test_nobody_knows_whether_an_acknowledgement_counted() -> None:
+    """The connection broke after it was said, and then the task was somebody else's, or done with by that."""
+    peer = ByHand()
+    task = await fetched(peer)
+    settling = asyncio.create_task(task.acknowledge())
+    await asyncio.sleep(0)
+    peer.step(1.0)
+    assert [type(message) for message in peer.said()] == [TaskUnsubscribe, TaskAck]
+    peer._core.connect(1.0)
+    peer.step(1.0, Welcome(broker_epoch=1, lost=("t",)))
+    [*_, ack] = peer.said()
+    assert isinstance(ack, TaskAck)
+    peer.step(1.0, Done(id=ack.id, stale=True))
+    with pytest.raises(IndeterminateError, match="the task t of the queue 'q' may or may not be done with"):
+        await settling
+    with pytest.raises(IndeterminateError):
+        await task.acknowledge()
+
+
+async def test_what_a_broker_did_not_take_is_known() -> None:
+    """One that had forgotten the session did nothing of what was said to it before the next `Hello`."""
+    peer = ByHand()
+    task = await fetched(peer)
+    settling = asyncio.create_task(task.acknowledge())
+    await asyncio.sleep(0)
+    peer.step(1.0)
+    peer.step(1.0, HelloNeeded())
+    peer.step(1.0, Welcome(broker_epoch=1, lost=("t",)))
+    [*_, ack] = peer.said()
+    peer.step(1.0, Done(id=ack.id, stale=True))  # type: ignore[union-attr]
+    with pytest.raises(TaskRejectedError):
+        await settling
+
+
+@pytest.mark.parametrize("broke", [False, True])
+async def test_what_a_handler_came_to_and_does_not_count_is_said(broke: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """With the task and its queue. If nobody knows whether it counts, nothing else is claimed."""
+    peer = ByHand()
+    subscribing = asyncio.create_task(peer.add_task_subscriber(lambda task: _nothing(), queue="q"))
+    await asyncio.sleep(0)
+    peer.step(1.0)
+    [*_, subscribe] = peer.said()
+    peer.step(1.0, Done(id=subscribe.id))  # type: ignore[union-attr]
+    await subscribing
+    peer.step(1.0, TaskDelivery(task="t", queue="q", key=None, body=b"x", epoch=5, attempt=1))
+    while not peer._jobs.ended:
+        await asyncio.sleep(0)
+    peer.step(1.0)
+    [ack] = peer.said()
+    assert isinstance(ack, TaskAck)
+    if broke:
+        peer._core.connect(1.0)
+        peer.step(1.0, Welcome(broker_epoch=1))
+    peer.step(1.0, Done(id=ack.id, stale=True))
+    said = "somebody else has the task t of the queue 'q' meanwhile; what its handler came to is dropped"
+    assert (said in caplog.text) == (not broke)
+    assert not peer._deliveries.settling
+
+
+async def _nothing() -> None:
+    pass
+
+
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
+async def test_what_ends_a_handler_gives_its_task_back(broker: LocalBroker, end: type[BaseException]) -> None:
+    """As the next attempt, with what it was as the reason. In a loop of another thread, where nobody can end the
+    program."""
+    sender = await broker.connect()
+    worker = await broker.connect()
+
+    async def work(task: IncomingTask) -> None:
+        raise end("enough")
+
+    async def subscribe() -> None:
+        await worker.add_task_subscriber(work)
+
+    loop = asyncio.new_event_loop()
+
+    def serve() -> None:
+        while True:
+            try:
+                loop.run_forever()
+            except (SystemExit, KeyboardInterrupt):
+                continue
+            return
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(subscribe(), loop))
+    await sender.task_send(b"")
+    while not (tasks := await sender.tasks()) or tasks[0].reason is None:
+        await asyncio.sleep(0)
+    assert tasks[0].reason.startswith(
+        "its handler was cancelled" if end is asyncio.CancelledError else f"its handler was ended by {end.__name__}"
+    )
+    await worker.close()
+    await sender.close()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@pytest.mark.parametrize("is_heard", [False, True], ids=["not yet said", "said"])
+async def test_a_fetch_ends_in_time_without_a_broker(monkeypatch: pytest.MonkeyPatch, is_heard: bool) -> None:
+    """One that hangs is waited for a moment only. It is told that no task is wanted any more, and one that comes all
+    the same goes back untouched."""
+    monkeypatch.setattr(peer_module, "LAST_WORD_S", 0.0)
+    peer = ByHand()
+    peer.said()
+    fetching = asyncio.create_task(peer.next_task(queue="q", timeout_s=0.0))
+    await asyncio.sleep(0)
+    if is_heard:
+        peer.step(1.0)
+        [subscribe] = peer.said()
+        peer.step(1.0, Done(id=subscribe.id))  # type: ignore[union-attr]
+    with pytest.raises(TimeoutError, match="no task came from the queue 'q' within 0 s"):
+        await fetching
+    peer.step(1.0)
+    *_, last = peer.said()
+    assert isinstance(last, TaskUnsubscribe)
+    assert not peer._deliveries.lanes
+    peer.step(1.0, TaskDelivery(task="t", queue="q", key=None, body=b"x", epoch=5, attempt=1))
+    [nack] = peer.said()
+    assert isinstance(nack, TaskNack)
+    assert not nack.attempted
+
+
+async def test_a_fetch_that_ends_leaves_a_handler_of_its_queue_alone() -> None:
+    """Also if nobody answers for so long that all of it is given up: it is still stated in the next `Hello`."""
+    peer = ByHand()
+    subscribing = asyncio.create_task(peer.add_task_subscriber(lambda task: None, queue="q"))
+    await asyncio.sleep(0)
+    peer.step(1.0)
+    [*_, subscribe] = peer.said()
+    peer.step(1.0, Done(id=subscribe.id))  # type: ignore[union-attr]
+    await subscribing
+    peer._core.connect(1.0)
+    fetching = asyncio.create_task(peer.next_task(queue="q", timeout_s=0))
+    while not fetching.done():
+        await asyncio.sleep(0)
+        peer.step(1.0)
+    with pytest.raises(TimeoutError, match="within 0 s, and no broker answers at nowhere"):
+        await fetching
+    peer.step(1.0)
+    for _ in range(3):
+        peer._step(1.0 + PATIENCE_S / 2, [])
+        peer._core.connect(1.0 + PATIENCE_S / 2)
+        peer._step(2.0 + PATIENCE_S, [])
+    assert peer._core.is_idle
+    peer.said()
+    peer._core.connect(3.0 + PATIENCE_S)
+    [hello] = peer.said()
+    assert isinstance(hello, Hello)
+    assert hello.queues == (("q", 1),)
+
+
+async def test_who_waits_no_longer_hears_nothing_of_the_end(broker: LocalBroker) -> None:
+    """A result or a task that was waited for, and then not any more: asyncio has nothing to complain of."""
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+    peer = await broker.connect()
+    receipt = await peer.task_send(b"", queue="nobody's", want_result=True)
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await receipt.result()
+    assert receipt._result is not None
+    assert not receipt._result._waiters
+    waiting = asyncio.create_task(receipt.result())
+    fetching = asyncio.create_task(peer.next_task(queue="empty", timeout_s=1000))
+    await peer.call([])
+    await peer.close()
+    for one in (waiting, fetching):
+        with pytest.raises(CommunicatorClosedError):
+            await one
+    with pytest.raises(CommunicatorClosedError):
+        await receipt.result()
+    del waiting, fetching, one, receipt, peer
+    gc.collect()
+    await asyncio.sleep(0)
+    assert complaints == []
+
+
+async def test_the_end_in_the_last_moment_of_a_fetch_is_told_once() -> None:
+    """When its time is over and the broker is asked whether a task is on its way."""
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+    peer = ByHand()
+    fetching = asyncio.create_task(peer.next_task(queue="q", timeout_s=0))
+    await asyncio.sleep(0)
+    peer.step(1.0)
+    [*_, subscribe] = peer.said()
+    peer.step(1.0, Done(id=subscribe.id))  # type: ignore[union-attr]
+    while not peer._commands:
+        await asyncio.sleep(0)
+    peer.step(1.0)
+    peer._finish()
+    [error] = await asyncio.gather(fetching, return_exceptions=True)
+    assert isinstance(error, CommunicatorClosedError)
+    del error, fetching, peer
+    await asyncio.sleep(0)  # the loop has forgotten them too
+    gc.collect()
+    assert complaints == []
 
 
 async def test_a_delivery_for_which_there_is_no_room() -> None:

@@ -286,6 +286,17 @@ def test_a_delayed_task_waits_for_its_time(floor: Floor) -> None:
     assert floor.given(floor.pass_time(1.0)) == [("bob", "later")]
 
 
+@pytest.mark.parametrize(("field", "place"), [("not_before", "ready"), ("expires_at", "dead")])
+def test_times_are_kept_to_the_moment(field: str, place: str, floor: Floor) -> None:
+    """The broker is awake when a task is due or expires, not up to a second later."""
+    floor.pass_time(1.0)
+    floor.add("a", **{field: floor.core.wall + 0.25})
+    assert floor.core.due() == pytest.approx(floor.now + 0.25)
+    floor.wait(0.25)
+    assert floor.info("a").place == place
+    assert floor.core.due() == floor.now + 1.0
+
+
 def test_a_delayed_task_follows_the_wall_clock_when_it_jumps(floor: Floor) -> None:
     """Forwards: due at the next tick. Backwards: it waits longer."""
     floor.worker("bob", 9)
@@ -999,6 +1010,64 @@ def test_statistics_of_a_session(floor: Floor) -> None:
     assert (bob.silent_s, bob.round_trip_s, bob.held, bob.credit, bob.subscriptions) == (2.0, 0.25, 1, 2, 1)
 
 
+def test_a_lower_credit_is_a_credit(floor: Floor) -> None:
+    """Who asked for less still gets that much."""
+    floor.worker("bob", 10)
+    floor.worker("bob", 2)
+    assert [floor.given(floor.add(name)) for name in "abc"] == [[("bob", "a")], [("bob", "b")], []]
+
+
+@pytest.mark.parametrize("meanwhile", ["a restart", "the wall clock is put back"])
+def test_what_comes_back_expires_in_its_time(meanwhile: str, floor: Floor) -> None:
+    """Also if its time passed while it was held, or the broker that gave it away is gone."""
+    floor.worker("bob", 1)
+    floor.add("a", expires_at=WALL + 10)
+    epoch = floor.held["a"].epoch
+    if meanwhile == "a restart":
+        changes = floor.changes()
+        sessions = tuple((name, peer) for name, peer in changes.sessions.items() if peer is not None)
+        for task in changes.tasks:
+            task.place = ""
+        floor = Floor(broker.StoredState(tasks=changes.tasks, sessions=sessions), EPOCH + 1)
+        floor.hello("bob", held=(("a", epoch),))
+    else:
+        floor.pass_time(11.0)
+        floor.core.wall -= 10.0
+        floor.say("bob", TaskUnsubscribe(id=floor.next(), queue="q"))
+    floor.say("bob", TaskNack(id=floor.next(), task="a", epoch=epoch))
+    floor.pass_time(8.0)
+    assert floor.info("a").place == "ready"
+    floor.pass_time(3.0)
+    assert floor.info("a").place == "dead"
+
+
+@pytest.mark.parametrize(("held", "pending", "is_dead_at"), [(0, 5, None), (20, 5, 20), (5, 20, 20), (5, 0, None)])
+def test_of_two_that_are_merged_none_is_given_up_early(
+    held: int, pending: int, is_dead_at: int | None, floor: Floor
+) -> None:
+    """The one that stays stands for both: it expires when the last of them would have."""
+    floor.worker("bob", 1)
+    floor.add("a", key="k", expires_at=WALL + held if held else 0.0)
+    floor.add("b", key="k", expires_at=WALL + pending if pending else 0.0)
+    floor.take(floor.core.expired("bob"))
+    assert floor.tasks() == ["b"]
+    for _ in range(30):
+        floor.pass_time(1.0)
+        is_dead = is_dead_at is not None and floor.now >= is_dead_at
+        assert floor.info("b").place == ("dead" if is_dead else "ready")
+
+
+def test_no_more_tasks_are_given_than_can_be_on_their_way(floor: Floor) -> None:
+    """However small they are: a peer is hung up on when too many messages wait for it to read."""
+    number = 3 * queues.MAX_GIVEN_BYTES // queues.FRAME_COST_BYTES // 2
+    floor.core.is_stuck = lambda session: False
+    for each in range(number):
+        floor.add(f"t{each}")
+    first = floor.worker("bob", number)
+    assert len(first) <= queues.MAX_GIVEN_BYTES // queues.FRAME_COST_BYTES
+    assert len(first) + len(floor.given(floor.take(floor.core.go_on()))) == number
+
+
 def test_what_was_due_once_stays_due(floor: Floor) -> None:
     """A delayed task that was given to somebody and comes back is not delayed anew when the wall clock is put back."""
     floor.worker("bob", 1)
@@ -1199,7 +1268,7 @@ def test_no_number_is_given_twice_over_a_restart(floor: Floor) -> None:
 
 def test_no_more_bodies_are_given_than_can_be_on_their_way(floor: Floor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rest follows when they are read; meanwhile others get it, and what they held before counts for nothing."""
-    monkeypatch.setattr(queues, "MAX_GIVEN_BYTES", 4)
+    monkeypatch.setattr(queues, "MAX_GIVEN_BYTES", 2 * queues.FRAME_COST_BYTES + 4)
     reads = {"bob": False, "cat": False}
     floor.core.is_stuck = lambda session: not reads.get(session, True)
     for number in range(10):

@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,10 @@ from prunus.messaging.handover import Crossing
 from prunus.messaging.threaded import ThreadedCommunicator
 from prunus.messaging.unix import UnixTransport
 from prunus.testing import CommunicatorContract
-from prunus.testing.communicator_contract import echo
+from prunus.testing.communicator_contract import TakeForDead, echo
 from tests.messaging.raw import PATIENCE_S
 from tests.messaging.served import serving
+from tests.messaging.test_unix import forget_what_it_holds
 
 NEVER_S = 3600.0
 
@@ -104,6 +106,10 @@ class TestWithoutAHome(CommunicatorContract):
                 return communicator
 
             yield connect
+
+    @pytest.fixture
+    async def take_for_dead(self, endpoint: str) -> TakeForDead:
+        return partial(forget_what_it_holds, endpoint)
 
 
 @pytest.mark.usefixtures("nothing_is_due")

@@ -22,6 +22,7 @@ from asyncio.subprocess import PIPE, Process, create_subprocess_exec
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -73,11 +74,12 @@ from prunus.messaging.messages import (
     decode_from_broker,
     encode,
 )
+from prunus.messaging.peer import PeerCommunicator
 from prunus.messaging.server import Server
 from prunus.messaging.threaded import ThreadedCommunicator
 from prunus.messaging.unix import UnixDoor, socket_path
 from prunus.testing import CommunicatorContract
-from prunus.testing.communicator_contract import Inbox, echo
+from prunus.testing.communicator_contract import Inbox, TakeForDead, echo
 from tests.messaging import served
 from tests.messaging.raw import PATIENCE_S, RawPeer, framed, raw_peer
 
@@ -115,10 +117,22 @@ async def peers(endpoint: str, exchange: Exchange[Connection]) -> AsyncIterator[
         yield connect
 
 
+async def forget_what_it_holds(endpoint: str, peer: Communicator) -> None:
+    """Say in the name of a peer that it holds nothing: its tasks go to others. It comes again with its next word."""
+    assert isinstance(peer, PeerCommunicator)
+    with raw_peer(endpoint) as imposter:
+        imposter.send(encode(Hello(session=peer.session, peer=Peer(), secret=peer._core._secret)))
+        assert isinstance(decode_from_broker(imposter.recv()), Welcome)
+
+
 class TestUnixCommunicator(CommunicatorContract):
     @pytest.fixture
     async def connect(self, peers: Connect) -> Connect:
         return peers
+
+    @pytest.fixture
+    async def take_for_dead(self, endpoint: str) -> TakeForDead:
+        return partial(forget_what_it_holds, endpoint)
 
 
 # --- one peer is no danger to another ---
@@ -747,6 +761,89 @@ async def test_a_killed_worker_is_replaced_within_milliseconds(endpoint: str, pe
         assert time.perf_counter() - started < 1.0
         assert (task.body, task.attempt) == (b"job", 2)
         await other.add_rpc_subscriber(echo, "work")
+
+
+ENDED_BY_A_SIGNAL = """
+import asyncio, signal, sys, threading, time
+from prunus.messaging.connecting import connect_to
+
+def compute(task):
+    print("computing", flush=True)
+    if KIND == "plain":
+        interrupted.wait()
+        sys.exit(0)
+    while True:
+        time.sleep(0.01)
+
+async def compute_async(task):
+    compute(task)
+
+def leave(signum, frame):
+    interrupted.set()
+    if KIND == "async":
+        sys.exit(0)
+
+async def main():
+    async with await connect_to(ENDPOINT) as communicator:
+        await communicator.add_task_subscriber(compute_async if KIND == "async" else compute, queue="work")
+        print("ready", flush=True)
+        while True:
+            await asyncio.sleep(0.01)
+
+KIND, ENDPOINT = sys.argv[1:]
+interrupted = threading.Event()
+signal.signal(signal.SIGTERM, leave)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("kind", ["async", "plain"])
+async def test_who_is_ended_by_a_signal_gives_its_task_back(endpoint: str, peers: Connect, kind: str) -> None:
+    """A program whose signal handler calls `sys.exit` while a handler computes: the task is not done, and comes to
+    another."""
+    sender, other = await peers(), await peers()
+    receipt = await sender.task_send(b"job", queue="work", want_result=True)
+    worker = await create_subprocess_exec(
+        sys.executable, "-c", ENDED_BY_A_SIGNAL, kind, endpoint, stdout=PIPE, env=environment()
+    )
+    try:
+        assert worker.stdout is not None
+        assert {await worker.stdout.readline(), await worker.stdout.readline()} == {b"ready\n", b"computing\n"}
+        worker.send_signal(signal.SIGTERM)
+        assert await worker.wait() == 0
+    finally:
+        if worker.returncode is None:
+            worker.kill()
+        await worker.communicate()
+    async with await other.next_task(queue="work", timeout_s=PATIENCE_S) as task:
+        assert (task.id, task.attempt) == (receipt.id, 2)
+        [seen] = await sender.tasks("work")
+        assert seen.reason == "its handler was ended by SystemExit: 0"
+        await task.acknowledge(b"done")
+    assert await receipt.result() == b"done"
+
+
+async def test_a_fetch_ends_in_time_though_the_broker_is_away(endpoint: str, short_folder: Path) -> None:
+    """Before it was begun, or in its midst; and when a broker is there again it knows of no such wish."""
+    database = str(short_folder / "broker.db")
+    async with AsyncExitStack() as stack:
+        with served.serving(endpoint, database):
+            peer = await stack.enter_async_context(await connect_to(endpoint))
+            fetching = asyncio.create_task(peer.next_task(queue="q", timeout_s=0.3))
+            while "q" not in (await peer.statistics()).queues:
+                pass
+        with pytest.raises(TimeoutError, match=f"and no broker answers at {endpoint}"):
+            await fetching
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match="and no broker answers"):
+            await peer.next_task(queue="q", timeout_s=0.1)
+        assert time.monotonic() - began < 5.0
+        with served.serving(endpoint, database):
+            receipt = await peer.task_send(b"job", queue="q")
+            assert (await peer.statistics()).sessions[peer.session].subscriptions == 0
+            [task] = await peer.tasks("q")
+            assert (task.id, task.place, task.attempt) == (receipt.id, "ready", 0)
+            await peer.close()
 
 
 async def test_a_stopped_worker_keeps_its_work(endpoint: str, peers: Connect) -> None:

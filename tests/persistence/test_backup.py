@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -13,7 +14,15 @@ import pytest
 
 from prunus.errors import PersistenceError
 from prunus.persistence import database
-from prunus.persistence.database import back_up, checkpoint_wal, commit, find_damage, open_database, put_back
+from prunus.persistence.database import (
+    back_up,
+    begin_note,
+    checkpoint_wal,
+    commit,
+    find_damage,
+    open_database,
+    put_back,
+)
 
 
 @pytest.fixture
@@ -42,6 +51,16 @@ def count(connection: sqlite3.Connection) -> int:
 
 def nothing(_: sqlite3.Connection) -> None:
     pass
+
+
+def everything_in(folder: Path) -> dict[Path, tuple[int, int, bytes]]:
+    """What lies there, and what is in it."""
+    found = {}
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        content = path.read_bytes() if stat.S_ISREG(status.st_mode) else b""
+        found[path] = status.st_mode, status.st_ino, content
+    return found
 
 
 def test_a_copy_is_a_database(connection: sqlite3.Connection, tmp_path: Path) -> None:
@@ -120,6 +139,75 @@ def test_a_place_that_can_not_be_written_is_named(connection: sqlite3.Connection
         back_up(connection, tmp_path / "nowhere" / "copy.db")
     with pytest.raises(PersistenceError, match="is a folder"):
         back_up(connection, tmp_path, replace=True)
+
+
+@pytest.mark.parametrize("added", ["", "-wal", "-shm", "-journal", "-mark"])
+@pytest.mark.parametrize("name", ["its own", "link", "hard link", "through a folder"])
+def test_no_file_of_the_database_itself_is_replaced(
+    connection: sqlite3.Connection, path: Path, tmp_path: Path, added: str, name: str
+) -> None:
+    """Under whatever name, and whether it is there at the moment or not: its broker would lose it."""
+    begin_note(connection)
+    own, target = Path(f"{path}{added}"), tmp_path / "copy.db"
+    match name:
+        case "its own":
+            target = own
+        case "link":
+            target.symlink_to(own)
+        case "hard link" if own.exists():
+            target.hardlink_to(own)
+        case _:
+            (tmp_path / "other").symlink_to(path.parent)
+            target = tmp_path / "other" / own.name
+    before = everything_in(tmp_path)
+    for replace in (True, False):
+        with pytest.raises(PersistenceError, match=r"the database itself; nothing was changed: choose another name$"):
+            back_up(connection, target, replace=replace)
+    assert everything_in(tmp_path) == before
+    add(connection, 1)
+
+
+@pytest.mark.parametrize("added", ["-wal", "-journal", "-mark"])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_the_database_of_somebody_else_is_not_replaced(
+    connection: sqlite3.Connection, tmp_path: Path, added: str, is_there: bool
+) -> None:
+    """One that is used, or was, has a log or a note beside it; with a copy in its place they would be a mixture."""
+    other = tmp_path / "other.db"
+    if is_there:
+        other.write_bytes(b"a database")
+    Path(f"{other}{added}").write_bytes(b"what belongs to it")
+    before = everything_in(tmp_path)
+    with pytest.raises(PersistenceError, match=rf"lies .*other\.db{added}, so another database is there, or was"):
+        back_up(connection, other, replace=True)
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "socket"])
+@pytest.mark.parametrize("name", ["its own", "link"])
+def test_only_a_file_is_replaced(
+    connection: sqlite3.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
+) -> None:
+    """What is none is named, also through a link, and also if it comes there during the copy."""
+    monkeypatch.chdir(tmp_path)  # the path of a socket has to be short
+    there, target = tmp_path / "there", tmp_path / ("there" if name == "its own" else "link")
+    if name == "link":
+        target.symlink_to(there)
+
+    def make() -> None:
+        if kind == "FIFO":
+            os.mkfifo(there)
+        else:
+            with closing(socket.socket(socket.AF_UNIX)) as listener:
+                listener.bind(there.name)
+
+    with pytest.raises(PersistenceError, match=f"{target.name} is a {kind}; nothing was changed: choose another name"):
+        back_up(connection, target, replace=True, progress=lambda done, total: None if there.exists() else make())
+    before = everything_in(tmp_path)
+    with pytest.raises(PersistenceError, match=f"{target.name} is a {kind}; nothing was changed: choose another name"):
+        back_up(connection, target, replace=True, progress=lambda done, total: pytest.fail("it was copied"))
+    assert everything_in(tmp_path) == before
+    assert stat.S_IFMT(there.stat().st_mode) == (stat.S_IFIFO if kind == "FIFO" else stat.S_IFSOCK)
 
 
 def test_what_is_undone_does_not_get_into_the_copy(connection: sqlite3.Connection, tmp_path: Path) -> None:
@@ -201,6 +289,39 @@ def test_a_backup_is_put_back_where_nothing_is(connection: sqlite3.Connection, p
     assert put_back(tmp_path / "copy.db", path, nothing) is None
     with closing(open_database(path)) as restored:
         assert count(restored) == 1000
+
+
+@pytest.mark.parametrize("name", ["its own", "link", "hard link"])
+def test_the_remains_of_a_restore_are_no_backup(
+    connection: sqlite3.Connection, path: Path, tmp_path: Path, name: str
+) -> None:
+    """It begins with removing them."""
+    left = path.with_name(".prunus.db.restoring")
+    back_up(connection, left)
+    connection.close()
+    backup = left if name == "its own" else tmp_path / "copy.db"
+    if name == "link":
+        backup.symlink_to(left)
+    elif name == "hard link":
+        backup.hardlink_to(left)
+    before = everything_in(tmp_path)
+    with pytest.raises(PersistenceError, match="interrupted"):
+        put_back(backup, path, nothing)
+    assert everything_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("added", ["", "-wal"])
+def test_a_fifo_is_not_read(connection: sqlite3.Connection, path: Path, tmp_path: Path, added: str) -> None:
+    """Nobody may ever write to it; neither as a backup, nor as the log of one."""
+    back_up(connection, tmp_path / "copy.db")
+    connection.close()
+    if not added:
+        (tmp_path / "copy.db").unlink()
+    os.mkfifo(tmp_path / f"copy.db{added}")
+    before = everything_in(tmp_path)
+    with pytest.raises(PersistenceError, match=rf"copy\.db{added} is not a file"):
+        put_back(tmp_path / "copy.db", path, nothing)
+    assert everything_in(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "foreign", "damaged", "empty", "itself"])

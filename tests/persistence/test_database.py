@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shlex
 import shutil
 import sqlite3
 import stat
 import struct
+import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -328,6 +331,26 @@ def test_the_log_of_the_file_that_a_backup_replaced_is_refused(path: Path, tmp_p
     shutil.copy(tmp_path / "copy", path)
     Path(f"{path}-wal").write_bytes(log)
     assert "belongs to another file" in refused(path)
+
+
+def test_a_copy_in_the_place_of_a_database_with_a_log_is_taken_by_two_commands(path: Path, tmp_path: Path) -> None:
+    """Those that the error says: the copy goes on, and the log is kept."""
+    lie(path, crashed=False)
+    with closing(noted(path)) as connection:
+        database.back_up(connection, tmp_path / "copy")
+    with closing(noted(path)) as connection:
+        fill(connection, 1)
+        log = Path(f"{path}-wal").read_bytes()
+    (tmp_path / "copy").replace(path)
+    Path(f"{path}-wal").write_bytes(log)
+    says = refused(path)
+    assert "belongs to another file" in says
+    found = re.search("`(mv [^`]+) && prunus broker restore ([^`]+)`", says)
+    assert found
+    subprocess.run(shlex.split(found[1]), check=True)
+    database.put_back(Path(*shlex.split(found[2])), path, lambda copy: None)
+    assert rows(path) == 5
+    assert log in [file.read_bytes() for file in path.parent.iterdir()]
 
 
 def test_a_log_without_a_mark_is_taken(path: Path) -> None:

@@ -86,6 +86,39 @@ def test_a_backup_without_blobs_has_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "copy.db.blobs").exists()
 
 
+@pytest.mark.parametrize("kind", ["file", "FIFO", "link to a folder", "link to the blobs of the profile"])
+def test_the_folder_of_the_blobs_has_to_be_one(profile: Profile, tmp_path: Path, kind: str) -> None:
+    """And no link: blobs that the backup does not need are removed from it. Nothing is changed then."""
+    folder, other = tmp_path / "copy.db.blobs", tmp_path / "other"
+    other.mkdir()
+    match kind:
+        case "file":
+            folder.write_text("dear diary")
+        case "FIFO":
+            os.mkfifo(folder)
+        case "link to a folder":
+            folder.symlink_to(other)
+        case _:
+            folder.symlink_to(profile.blobs)
+    (tmp_path / "copy.db").write_text("an older one")
+    before = folder.lstat()
+    with pytest.raises(PersistenceError, match=r"copy\.db\.blobs, where the bodies .* nothing was changed"):
+        back_up(profile, tmp_path / "copy.db", replace=True)
+    after = folder.lstat()
+    assert (before.st_mode, before.st_ino, before.st_size) == (after.st_mode, after.st_ino, after.st_size)
+    assert (tmp_path / "copy.db").read_text() == "an older one"
+    assert os.listdir(other) == []
+    assert file_in(profile.blobs, OTHER).read_bytes() == OTHER
+
+
+def test_a_profile_is_no_folder_of_blobs(tmp_path: Path) -> None:
+    """Though it may have such a name."""
+    profile = Profile.create(tmp_path / "copy.db.blobs")
+    Broker(profile.database).close()
+    with pytest.raises(PersistenceError, match="not a folder of a backup"):
+        back_up(profile, tmp_path / "copy.db")
+
+
 def test_a_restored_backup_has_its_blobs(profile: Profile, tmp_path: Path) -> None:
     """Those that the profile lacks come from the folder beside the backup; without that nothing is changed."""
     copy, folder = tmp_path / "copy.db", tmp_path / "copy.db.blobs"

@@ -270,6 +270,38 @@ def test_why_nothing_was_done_to_a_task(live: Shell, queue: str) -> None:
     assert live("tasks", "requeue", old).stdout == "requeued: 1 task\n"
 
 
+def test_how_many_tasks_of_a_queue_were_left_and_why(live: Shell, queue: str) -> None:
+    """Of one the same is said as if it had been named."""
+    keys = ("a", "b")
+    dead = [send(live, queue, b"x", key=key)[0] for key in keys]
+    live("tasks", "bury", *dead)
+    other = send(live, queue, b"y")
+    live("tasks", "bury", *other)
+    [pending] = send(live, queue, b"x", key="a")
+    send(live, queue, b"x", key="b")
+    all_dead = ("--queue", queue, "--place", "dead")
+    ended = live("tasks", "requeue", *all_dead)
+    assert ended.stdout == "requeued: 1 task\n"
+    assert ended.stderr == (
+        "2 were left: other tasks with their keys are pending; "
+        f"`prunus tasks list --queue {queue} --place dead` lists them\n"
+    )
+    assert "dead letters already" in live("tasks", "bury", *all_dead).stderr
+    live("tasks", "delete", dead[1])
+    for words in (all_dead, ("--queue", queue, "--all")):
+        ended = live("tasks", "requeue", *words)
+        assert ended.stdout == "requeued: 0 tasks\n"
+        assert ended.stderr == (
+            "1 was left: another task with its key a is pending; `prunus tasks --task-key a` shows it\n"
+        )
+    assert live("tasks", "requeue", "--queue", queue, "--place", "ready").stderr.startswith("3 were left: they are rea")
+    live("tasks", "delete", pending)
+    ended = live("tasks", "requeue", *all_dead)
+    assert (ended.stdout, ended.stderr) == ("requeued: 1 task\n", "")
+    with held(live, queue):
+        assert re.fullmatch("1 was left: .* works on it, .*\n", live("tasks", "purge", queue, "--yes").stderr)
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -437,6 +469,16 @@ def test_numbers_that_no_message_can_have(tmp_path: Path, words: tuple[str, ...]
     assert len(said) < 400
 
 
+@pytest.mark.parametrize("number", ["nan", "-nan", "inf", "-inf", "1e400"])
+def test_a_lease_is_a_finite_number(tmp_path: Path, number: str) -> None:
+    """With any other a broker would start, and refuse everybody."""
+    shell = Shell(tmp_path)
+    shell("init")
+    said = shell.error("broker", "run", f"--lease={number}", code=2)
+    assert "Invalid value for '--lease'" in said
+    assert "nan' is not a finite number." in said or "is not in the range 0.1<=x<=3600" in said
+
+
 def test_the_largest_number(live: Shell, queue: str) -> None:
     """It is taken."""
     most = str(2**63 - 1)
@@ -566,6 +608,24 @@ def test_a_backup_from_the_command_line(live: Shell) -> None:
     asyncio.run(fill())
     assert re.search(r"^[3-9][\d.]+ MB were given back\.$", live("broker", "vacuum").stdout)
     assert "not with --key" in live.error("broker", "backup", "x.db", "--key", "some.key", code=2)
+
+
+def test_a_backup_does_not_take_the_place_of_the_profile(live: Shell) -> None:
+    """--force is for an older backup: the daemon goes on, with all that it has."""
+    profile = live.folder / ".prunus"
+    os.mkfifo(live.folder / "fifo")
+    before = {name: (profile / name).stat().st_ino for name in ("prunus.db", "prunus.db-wal", "config.yaml")}
+    own = {path for path in profile.rglob("*") if path.relative_to(profile).parts[0] != "backups"}
+    assert {profile / "prunus.db-mark", profile / "ballast", profile / "logs" / "broker.log"} < own
+    for path in own:
+        said = live.error("broker", "backup", "--force", str(path))
+        assert f"{path} is, or would be, a file of the profile {profile} itself; nothing was changed" in said
+    assert "fifo is a FIFO" in live.error("broker", "backup", "--force", "fifo")
+    assert before == {name: (profile / name).stat().st_ino for name in before}
+    (profile / "backups").mkdir()
+    for _ in range(2):
+        live("broker", "backup", "--force", ".prunus/backups/copy.db")
+    assert [name for name in os.listdir(profile) if "rescued" in name] == []
 
 
 def test_a_backup_is_restored(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ async def test_a_hundred_live_processes_survive_a_stop_and_a_start(short_folder:
     ones."""
     journal = short_folder / "journal"
     async with a_daemon(short_folder) as prunus:
-        pids = await launch(prunus.profile, journal, PROCESSES, pace_s=0.2)
+        pids = await launch(prunus.profile, journal, PROCESSES, pace_s=0.6)
         await file_has(journal, PROCESSES)
         assert (await prunus("daemon", "stop")).out == "The daemon has stopped; nothing is lost.\n"
         stopped_at = lines_of(journal)

@@ -245,7 +245,12 @@ def test_a_backup_has_to_be_possible(served: Upkeep, tmp_path: Path) -> None:
         (tmp_path / "there", "exists already"),
         (tmp_path / "nowhere" / "copy.db", "no folder"),
         (tmp_path, "is a folder"),
+        (Path("/"), "is a folder"),
         (Path("copy.db"), "no absolute path"),
+        (tmp_path / ("x" * 300), "too long"),
+        (tmp_path / "x" / ("y" * 300) / "copy.db", "no folder"),
+        (tmp_path / ("x" * 252), "too long"),
+        (tmp_path / "a\0b", "not the name of a file"),
     ):
         with pytest.raises(PersistenceError, match=says):
             say(served, BackUp(file=str(file)))
@@ -402,6 +407,88 @@ def test_without_a_database_there_is_nothing_to_do(profile: Profile, tmp_path: P
     with pytest.raises(PersistenceError, match="there is no database"):
         upkeep.back_up(profile, tmp_path / "copy.db", replace=False, progress=lambda done, total: None)
     assert not profile.database.exists()
+
+
+OWN = (
+    *("config.yaml", ".gitignore", "prunus.db", "prunus.db-wal", "prunus.db-shm", "prunus.db-mark", "prunus.db.old"),
+    *(".prunus.db.restoring", "run", "run/broker.lock", "run/new", "logs/broker.log", "keys", "keys/server.yaml"),
+    *("blobs", "blobs/00/11", "ballast"),
+)
+"""Names that a profile has for itself, those of files that it has and of others."""
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("way", ["its own", "link", "hard link", "through a folder"])
+def test_nothing_of_the_profile_itself_becomes_a_backup(profile: Profile, tmp_path: Path, name: str, way: str) -> None:
+    """Under whatever name: neither by a broker, which a client asked for it, nor without one."""
+    Broker(profile.database).close()
+    profile.log("broker").write_text("a line")
+    own, target = profile.path / name, tmp_path / "copy.db"
+    match way:
+        case "its own":
+            target = own
+        case "link":
+            target.symlink_to(own)
+        case "hard link" if own.is_file():
+            target.hardlink_to(own)
+        case _:
+            (tmp_path / "other").symlink_to(profile.path)
+            target = tmp_path / "other" / "logs" / ".." / name
+    before = files_in(tmp_path)
+    for replace in (True, False):
+        with pytest.raises(PersistenceError, match=r"of the profile .* itself; nothing was changed: choose a name"):
+            upkeep.back_up(profile, target, replace=replace, progress=lambda done, total: None)
+        assert files_in(tmp_path) == before
+        with closing(open_database(profile.database)) as connection:
+            served = Upkeep(connection)
+            while_open = files_in(tmp_path)
+            with pytest.raises(PersistenceError, match=r"of the profile .* itself; nothing was changed: choose a name"):
+                say(served, BackUp(file=str(target), replace=replace))
+            assert files_in(tmp_path) == while_open
+        before = files_in(tmp_path)
+
+
+def test_a_folder_of_the_profile_may_lie_elsewhere(profile: Profile, tmp_path: Path) -> None:
+    """It is the profile's own there, too; be it the one that a backup would use for its blobs."""
+    Broker(profile.database).close()
+    for name in ("large", "copy.db.blobs"):
+        (tmp_path / name).mkdir()
+        profile.blobs.unlink(missing_ok=True)
+        profile.blobs.symlink_to(tmp_path / name)
+        target = tmp_path / "large" / "copy.db" if name == "large" else tmp_path / "copy.db"
+        with pytest.raises(PersistenceError, match=r"large.copy\.db is, or would be|not a folder of a backup"):
+            upkeep.back_up(profile, target, replace=False, progress=lambda done, total: None)
+
+
+@pytest.mark.parametrize("name", ["copy.db", "backups/copy.db", "backups/prunus.db", "backups/config.yaml"])
+def test_a_backup_may_lie_in_the_profile(profile: Profile, name: str) -> None:
+    """Beside what the profile has for itself, and in a folder of one's own; it is replaced, if that is asked for."""
+    Broker(profile.database).close()
+    (profile.path / "backups").mkdir()
+    for replace in (False, True):
+        upkeep.back_up(profile, profile.path / name, replace=replace, progress=lambda done, total: None)
+    with closing(open_database(profile.path / name)) as copy:
+        assert find_damage(copy) == []
+
+
+def test_what_is_no_file_is_not_replaced(served: Upkeep, tmp_path: Path) -> None:
+    """The broker says so at once."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    for name in ("fifo", "link"):
+        with pytest.raises(PersistenceError, match=f"{name} is a FIFO"):
+            say(served, BackUp(file=str(tmp_path / name), replace=True))
+    assert stat.S_ISFIFO((tmp_path / "fifo").lstat().st_mode)
+
+
+def files_in(folder: Path) -> dict[Path, tuple[int, int, bytes]]:
+    """What lies there, and what is in it (not in locks, which say who holds them)."""
+    found = {}
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        content = path.read_bytes() if stat.S_ISREG(status.st_mode) and path.suffix != ".lock" else b""
+        found[path] = status.st_mode, status.st_ino, content
+    return found
 
 
 # --- retention --------------------------------------------------------------------------------------

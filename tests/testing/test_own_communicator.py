@@ -35,6 +35,7 @@ from prunus.messaging import (
 )
 from prunus.runtime.worker import Worker
 from prunus.testing import CommunicatorContract, ContractService, LocalDaemon
+from prunus.testing.communicator_contract import TakeForDead
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -363,9 +364,21 @@ class TestRemote(CommunicatorContract):
     max_broadcasts_in_hand = MAX_BROADCASTS
 
     @pytest.fixture
+    async def take_for_dead(self, connect: Callable[[], Awaitable[Communicator]]) -> TakeForDead:
+        async def expire(session: str) -> None:
+            self.broker.expire(session)
+
+        async def take_for_dead(peer: Communicator) -> None:
+            assert isinstance(peer, Remote)
+            await peer._there.do(expire(peer.session))
+
+        return take_for_dead
+
+    @pytest.fixture
     async def connect(self) -> AsyncIterator[Callable[[], Awaitable[Communicator]]]:
         there = Elsewhere()
         database, broker = await there.do(start())
+        self.broker = broker
         async with contextlib.AsyncExitStack() as peers:
 
             async def connect() -> Communicator:

@@ -16,14 +16,17 @@ from typing import get_args
 
 import msgspec
 
-from prunus.errors import MessageTooLargeError, speakable
+from prunus.errors import MessageTooLargeError, ProtocolError, speakable
 from prunus.messaging.blobs import is_digest
 from prunus.messaging.communicator import MAX_BODY_BYTES, BlobRef
 from prunus.messaging.inventory import MAX_LISTED, QueueLimits, TaskPlace
-from prunus.messaging.messages import MAX_MOMENT, MAX_NAME_CHARS, MAX_PRIORITY
+from prunus.messaging.messages import MAX_MOMENT, MAX_NAME_CHARS, MAX_PRIORITY, SessionName
+from prunus.messaging.queues import _check_limits
 
 MAX_TIMEOUT_S = 1e9
 """The longest time-out of a question, some thirty years."""
+MAX_PEER_NAME_CHARS = 167
+"""Of the name of a session the rest is random."""
 
 
 def as_bytes(body: bytes) -> bytes:
@@ -73,6 +76,19 @@ def check_patience(timeout_s: float | None) -> None:
         raise ValueError(f"a time-out is a number of seconds, or None for no end, not {timeout_s!r:.100}")
 
 
+def check_peer_name(name: str) -> None:
+    """It becomes a part of the name of a session, which is all that a broker takes there."""
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a peer is a text, not {name!r:.100}")
+    try:
+        msgspec.convert(f"{name}-{'0' * 32}", SessionName)
+    except (msgspec.ValidationError, UnicodeError):
+        raise ValueError(
+            f"the name of a peer is made of the letters A to Z and a to z, digits, and _ . : - only, up to "
+            f"{MAX_PEER_NAME_CHARS} in all; {name!r:.250} is none"
+        ) from None
+
+
 def check_page(after: int, limit: int) -> None:
     check_number("after", after)
     if not is_whole(limit) or not 1 <= limit <= MAX_LISTED:
@@ -113,9 +129,20 @@ def check_place(place: str | None) -> None:
 
 
 def check_limits(limits: QueueLimits) -> None:
+    """By the broker's own rules."""
+    if not isinstance(limits, QueueLimits):
+        raise TypeError(
+            f"the limits of a queue are a QueueLimits, not {limits!r:.100}; QueueLimits() is no limit at all"
+        )
     try:
+        for name in ("concurrency", "max_length"):
+            if (number := getattr(limits, name)) is not None:
+                check_number(name, number)
+        if not is_whole(limits.burst):
+            raise ValueError(f"burst is a whole number, not {limits.burst!r:.100}")
         msgspec.convert(msgspec.structs.asdict(limits), QueueLimits)
-    except (msgspec.ValidationError, TypeError) as error:
+        _check_limits(limits)
+    except (msgspec.ValidationError, ValueError, ProtocolError) as error:
         raise ValueError(f"these are no limits of a queue: {error}") from None
 
 

@@ -9,7 +9,9 @@ Rules
 - A blob is there as a whole or not at all: it is written to a file of its own, compared with its name, put on the
   disk, and only then gets that name. So it never changes, and putting it again is nothing.
 - Putting is idempotent: pieces come in order, the answer to each says how far the blob is, and whoever puts goes on
-  from there (after a restart of the broker, from the beginning).
+  from there (after a restart of the broker, or when it was dropped, from the beginning).
+- An upload that does not fit as a whole is refused before it takes space that others need. What came of one that is
+  refused is dropped before its session hears of that; what came of one that does not go on, after `UPLOAD_IDLE_S`.
 - Who reads a blob looks at the digest of what he got (`Digester`): damaged bytes are an error, and never handed out.
   `find_damaged` looks at all of them, and one that was `set_aside` can be put again.
 - A blob is kept as long as somebody refers to it, which the store asks its caller, and for `GRACE_S` after it was last
@@ -108,9 +110,12 @@ class _Upload:
 class BlobStore:
     """See the module. One thread; `now` is monotonic and comes with every call that needs it."""
 
-    def __init__(self, folder: Path, now: float) -> None:
-        """Use this folder, and forget what was unfinished in it. Raises `PersistenceError`."""
-        self._folder = folder
+    def __init__(self, folder: Path, now: float, full_with: Callable[[int], str | None] = lambda size: None) -> None:
+        """Use this folder, and forget what was unfinished in it. Raises `PersistenceError`.
+
+        `full_with` gives the path of the disk if so many bytes more of a blob have no room on it.
+        """
+        self._folder, self._full_with = folder, full_with
         self._unfinished = folder / _UNFINISHED
         self._started = now
         self._uploads: dict[tuple[str, str], _Upload] = {}
@@ -140,36 +145,52 @@ class BlobStore:
             raise MessageTooLargeError(total, MAX_BLOB_BYTES)
         found = self.size(digest)
         if found == total:
-            self._drop(session, digest)
+            self.drop(session, digest)
             self._touch(now, digest)
             return total
         upload = self._uploads.get((session, digest))
         if upload is None or upload.total != total:
             if offset:
                 return 0
-            self._drop(session, digest)
+            self.drop(session, digest)
             upload = self._begin(now, session, digest, total)
         upload.touched = now
         if offset > upload.size:
             return upload.size
         try:
             with self._errors():
+                if (full := self._full_with(total - upload.size)) is not None:
+                    raise StoreFullError(full)
                 self._write(upload, memoryview(chunk)[upload.size - offset :], digest)
                 if upload.size < total:
                     return upload.size
                 self._finish(upload, digest)
         except BaseException:
-            self._drop(session, digest)
+            self.drop(session, digest)
             raise
         self._forget(session, digest)
         self._count += found is None
         self._touch(now, digest)
         return total
 
+    def drop(self, session: str, digest: str) -> None:
+        """What came from `session` of this blob is worth nothing more: its space is free at once, and whoever goes on
+        begins anew. What other sessions put is not touched."""
+        upload = self._forget(session, digest)
+        if upload is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(upload.path)
+
+    def drop_idle(self, now: float) -> None:
+        """Drop the uploads of which nothing came for `UPLOAD_IDLE_S`. This needs no space, and no look at the tasks."""
+        for key, upload in list(self._uploads.items()):
+            if now - upload.touched > UPLOAD_IDLE_S:
+                self.drop(*key)
+
     def forget_session(self, session: str) -> None:
         """It is gone, and will not go on with what it began to put."""
         for key in [key for key in self._uploads if key[0] == session]:
-            self._drop(*key)
+            self.drop(*key)
 
     def _begin(self, now: float, session: str, digest: str, total: int) -> _Upload:
         own = sum(key[0] == session for key in self._uploads)
@@ -221,13 +242,6 @@ class BlobStore:
     def _touch(self, now: float, digest: str) -> None:
         self._put_at[digest] = now
         self._put_at.move_to_end(digest)
-
-    def _drop(self, session: str, digest: str) -> None:
-        """Nothing more comes of it, or it is there already."""
-        upload = self._forget(session, digest)
-        if upload is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(upload.path)
 
     def _forget(self, session: str, digest: str) -> _Upload | None:
         upload = self._uploads.pop((session, digest), None)
@@ -296,9 +310,6 @@ class BlobStore:
     def sweep(self, now: float, is_needed: Callable[[str], bool]) -> int:
         """Remove some of the blobs that nobody needs; how many. `is_needed` says whether somebody refers to one, by
         what is on the disk: whatever goes here is gone."""
-        for key, upload in list(self._uploads.items()):
-            if now - upload.touched > UPLOAD_IDLE_S:
-                self._drop(*key)
         while self._put_at and now - next(iter(self._put_at.values())) > GRACE_S:
             self._put_at.popitem(last=False)
         if now - self._started <= GRACE_S or now < self._next_round:

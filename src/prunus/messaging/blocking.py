@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from prunus.errors import CommunicatorClosedError, ForkedProcessError
+from prunus.messaging.arguments import check_patience
 from prunus.messaging.deliveries import BaseSubscription
 from prunus.messaging.handover import serving, waiting
 from prunus.messaging.peer import PeerCommunicator, Receipt, Taken
@@ -88,6 +89,7 @@ class BlockingReceipt(_Face[Receipt]):
 
     def result(self, timeout_s: float | None = None) -> bytes:
         """As `TaskReceipt.result`; raises `TimeoutError` if it is not there in time (it can be asked for again)."""
+        check_patience(timeout_s)
 
         async def within() -> bytes:
             try:
@@ -234,7 +236,7 @@ class BlockingCommunicator:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<BlockingCommunicator of {self.communicator!r}>"
+        return f"<BlockingCommunicator of {self.communicator!r}{', closed' if self._closed else ''}>"
 
     # --- the two threads ---
 

@@ -94,7 +94,18 @@ from prunus.messaging.messages import (
     encode,
 )
 from prunus.messaging.patterns import is_exact, matcher
-from prunus.messaging.queues import MAX_GIVEN_BYTES, Deliver, Keep, Needs, Send, Task, TaskQueues, dead_letter, needs_of
+from prunus.messaging.queues import (
+    FRAME_COST_BYTES,
+    MAX_GIVEN_BYTES,
+    Deliver,
+    Keep,
+    Needs,
+    Send,
+    Task,
+    TaskQueues,
+    dead_letter,
+    needs_of,
+)
 
 PAUSE_S = 5.0
 """If the broker itself did not look at its clock for so long, everybody gets a new lease."""
@@ -138,6 +149,12 @@ class Client(msgspec.Struct):
     """The answers to requests below this were seen, or are forgotten."""
     asked: dict[int, str] = {}
     """The session to which each of its questions went."""
+
+    def joined(self) -> Iterator[str]:
+        """The tasks that stand for some of its own, of which it may not have heard."""
+        for frame in self.answers.values():
+            if isinstance(answer := decode_from_broker(frame), TaskStored):
+                yield answer.task
 
 
 class StoredState(msgspec.Struct, frozen=True, kw_only=True):
@@ -210,6 +227,13 @@ class Show(msgspec.Struct, frozen=True):
     bodies: bool
 
 
+class Tell(msgspec.Struct, frozen=True):
+    """Send what came of a task that is over, which only the store may know."""
+
+    session: str
+    task: Task
+
+
 class Describe(msgspec.Struct, frozen=True):
     """Answer a question for statistics."""
 
@@ -217,7 +241,7 @@ class Describe(msgspec.Struct, frozen=True):
     request: int
 
 
-Effect = Send | Keep | Deliver | Came | Left | Show | Describe
+Effect = Send | Keep | Deliver | Came | Left | Show | Tell | Describe
 
 
 # --- the core ---------------------------------------------------------------------------------------
@@ -654,11 +678,12 @@ class BrokerCore:
         self._awaited.pop(session, None)
         self._seen(session, client, hello.seen)
 
+        self._untold[session] = deque()  # it is told nothing before it is welcome
         stated = dict(hello.held)
         held = dict(self._queues.held_by(session))
         lost = [task_id for task_id, epoch in hello.held if task_id not in held or _epoch(held[task_id]) != epoch]
         taken = []
-        for identifier in [name for name in known.identifiers if name not in dict(hello.identifiers)]:
+        for identifier in known.identifiers.keys() - {name for name, _ in hello.identifiers}:
             del known.identifiers[identifier]
             self._free_identifier(identifier)
         for identifier, since in hello.identifiers:
@@ -695,12 +720,13 @@ class BrokerCore:
         self._tell_more(session)
 
     def _say_results(self, session: str, hello: Hello) -> None:
-        waits, untold = self._queues.awaited_by(session), self._untold[session]
-        for task in list(waits.values()):
-            if task.place not in ("dead", "settled"):
-                continue
-            if task.id in hello.awaited or task.id in hello.expected:
-                untold.append(task.id)
+        over = [task for task in self._queues.awaited_by(session).values() if task.place in ("dead", "settled")]
+        wanted = {*hello.awaited, *hello.expected}
+        if not all(task.id in wanted for task in over):  # it may not know yet with which task one of its own was joined
+            wanted.update(self._clients[session].joined())
+        for task in over:
+            if task.id in wanted:
+                self._untold[session].append(task.id)
             else:
                 self._queues.forget_waiter(task, session)
         for task_id in hello.awaited:
@@ -714,12 +740,11 @@ class BrokerCore:
             one = untold.popleft()
             if isinstance(one, str):
                 if (task := waits.get(one)) is not None:
-                    frame = task.outcome or dead_letter(task)
-                    size += len(frame)
-                    self._send(session, frame)
+                    size += FRAME_COST_BYTES + task.size
+                    self._out.append(Tell(session, task))
             elif one in asked:
                 question = self._questions[one]
-                size += len(question.body)
+                size += FRAME_COST_BYTES + len(question.body)
                 self._send(session, _delivery(one, question))
         if not untold:
             del self._untold[session]
@@ -853,6 +878,8 @@ class BrokerCore:
         waiter = session if message.want_result else None
         same = self._queues.get(message.task)
         if same is not None:
+            if waiter is not None:
+                self._queues.wait_for(same, waiter)
             return same, True
         if message.task.startswith(OWN_TASKS):
             raise ProtocolError(f"the id {message.task!r} is one of the broker's own; choose another")
@@ -892,6 +919,9 @@ class BrokerCore:
             return
         if any(one.session == session and one.message.id == message.id for one in self._edits):
             return  # it was said before, and goes on
+        if message.action == "requeue" and self.hold_back:
+            self._send(session, _refused(message.id, StoreFullError(self.refuse_new or "the disk of the broker")))
+            return
         if message.tasks:
             named = [self._queues.get(task) for task in dict.fromkeys(message.tasks)]
             tasks = [task for task in named if task is not None]
@@ -1022,7 +1052,10 @@ class BrokerCore:
         if len(asked) > MAX_ANSWERS:
             del asked[next(iter(asked))]
         self._sessions[session].asked[key] = None
-        self._send(session, _delivery(key, question))
+        if (untold := self._untold.get(session)) is not None:
+            untold.append(key)  # after what it has yet to read
+        else:
+            self._send(session, _delivery(key, question))
 
     def _forget_question(self, key: tuple[str, int], owner: _Session | None = None) -> None:
         question = self._questions.pop(key)

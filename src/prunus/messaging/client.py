@@ -41,6 +41,7 @@ from prunus.errors import (
     ProtocolError,
     PrunusError,
     RemoteError,
+    where_to_look,
 )
 from prunus.messaging.messages import (
     LEASE_S,
@@ -50,9 +51,12 @@ from prunus.messaging.messages import (
     MAX_STATED_BYTES,
     MAX_TASK_SUBSCRIPTIONS,
     Alive,
+    BlobGet,
     BlobHeld,
     BlobPart,
+    BlobPut,
     BroadcastDelivery,
+    BroadcastSend,
     BroadcastSubscribe,
     BroadcastUnsubscribe,
     Call,
@@ -67,8 +71,10 @@ from prunus.messaging.messages import (
     Missed,
     Outcome,
     Peer,
+    QueueConfigure,
     Refused,
     Request,
+    ResourceConfigure,
     ResultSeen,
     RpcAnswer,
     RpcDelivery,
@@ -76,9 +82,12 @@ from prunus.messaging.messages import (
     RpcRequest,
     RpcSubscribe,
     RpcUnsubscribe,
+    StatisticsAsk,
     StatisticsTold,
     TaskAck,
     TaskDelivery,
+    TaskEdit,
+    TaskList,
     TaskNack,
     TaskResult,
     TaskSend,
@@ -145,6 +154,8 @@ class Answered(_Event, frozen=True):
     id: int
     message: Answer
     request: Request
+    unsure: bool = False
+    """It was said on an earlier connection too: it may have been done then, and that answer was lost."""
 
 
 class Failed(_Event, frozen=True):
@@ -219,14 +230,18 @@ class _Unanswered:
     asked_at: float
     said_to: int = 0
     """The epoch of the broker to which it was said first; 0: not yet."""
+    unsure: bool = False
+    """It was said on a connection that broke: it may have been done."""
 
 
 class ClientCore:
     """See the module. `take` after every call of another method."""
 
-    def __init__(self, session: str, peer: Peer, secret: str = "") -> None:
-        """`secret` is known to this session and the broker alone (random; empty: anybody may speak for it)."""
+    def __init__(self, session: str, peer: Peer, secret: str = "", endpoint: str = "") -> None:
+        """`secret` is known to this session and the broker alone (random; empty: anybody may speak for it). Errors name
+        the `endpoint`."""
         self.session = session
+        self._endpoint = endpoint
         self.broker_epoch = 0
         self.round_trip_s = 0.0
         """How long the last heartbeat took to its answer; 0: unknown."""
@@ -285,6 +300,8 @@ class ClientCore:
         """There is a fresh connection: nothing was said on it yet."""
         if self.up or not self._hello_at:
             self._lost_at = now
+        for one in self._unanswered.values():
+            one.unsure |= one.said_to != 0
         self.up = False
         self._out.clear()
         self._hello(now)
@@ -334,7 +351,7 @@ class ClientCore:
                 if self._beat_unanswered:
                     self._beat_unanswered, self.round_trip_s = False, now - self._beat_at
                 return []
-            case HelloNeeded():  # a broker that does not know us: it restarted, or forgot us
+            case HelloNeeded():  # a broker that does not know us, and did nothing of what we said: it forgot us
                 self.up, self._lost_at = False, now
                 self._hello(now)
                 return []
@@ -349,7 +366,7 @@ class ClientCore:
         while self._deadlines and self._deadlines[0][0] <= now:
             _, request = heapq.heappop(self._deadlines)
             if request in self._unanswered:
-                events += self._give_up(request)
+                events += self._give_up(now, request)
         if self.up:
             if now - self._heard_at > SILENCE_S:
                 events.append(Reconnect(f"the broker was silent for {SILENCE_S:g} s"))
@@ -361,7 +378,7 @@ class ClientCore:
                 if isinstance(one.message, _IN_HAND):
                     continue
                 if now - max(one.asked_at, self._lost_at) > PATIENCE_S:
-                    events += self._give_up(request)
+                    events += self._give_up(now, request)
             if self._turned_away is not None and not self._is_greeting:
                 if now - self._hello_at >= self._pause_s:
                     self._hello(now)
@@ -595,7 +612,7 @@ class ClientCore:
         one = self._forget(answer.id)
         if one is None:
             return []
-        events: list[Event] = [Answered(answer.id, answer, one.message)]
+        events: list[Event] = [Answered(answer.id, answer, one.message, one.unsure)]
         match one.message:
             case TaskSend(want_result=True) if isinstance(answer, TaskStored):
                 self._await(answer.task)
@@ -648,31 +665,40 @@ class ClientCore:
         self._early_bytes -= _size(result)
         self._say(ResultSeen(task=task))
 
-    def _fail(self, request: int, error: PrunusError) -> list[Event]:
+    def _fail(self, request: int, error: PrunusError, *, is_given_up: bool = False) -> list[Event]:
         one = self._forget(request)
         if one is None:
             return []
-        if isinstance(one.message, _SUBSCRIBES):
+        if isinstance(one.message, TaskSend):
+            self._expect_no_more(one.message.task)
+        elif isinstance(one.message, _SUBSCRIBES) and not is_given_up:
             self._state_no_more(_name_of(one.message))
-        match one.message:
-            case RpcSubscribe():
-                self._identifiers.pop(one.message.identifier, None)
-            case TaskSubscribe():
-                self._queues.pop((one.message.queue, one.message.subject), None)
-            case BroadcastSubscribe():
-                self._patterns.pop(one.message.subscription, None)
-            case TaskSend():
-                self._expect_no_more(one.message.task)
-            case _:
-                pass
+            match one.message:
+                case RpcSubscribe():
+                    self._identifiers.pop(one.message.identifier, None)
+                case TaskSubscribe():
+                    self._queues.pop((one.message.queue, one.message.subject), None)
+                case BroadcastSubscribe():
+                    self._patterns.pop(one.message.subscription, None)
         return [Failed(request, error)]
 
-    def _give_up(self, request: int) -> list[Event]:
+    def _give_up(self, now: float, request: int) -> list[Event]:
+        """Nobody waits for it any longer. What a subscription stated stands until it is cancelled: the request may have
+        been one of several about the same name."""
         one = self._unanswered[request]
-        name = one.message.recipient if isinstance(one.message, RpcRequest) else type(one.message).__name__
+        message, what = one.message, _words_for(one.message)
+        name = message.recipient if isinstance(message, RpcRequest) else what
+        if self.up:
+            silence = f"no answer came within {now - one.asked_at:.3g} s"
+        else:
+            silence = (
+                f"the broker at {self._endpoint} did not answer for {now - max(one.asked_at, self._lost_at):.3g} s"
+            )
         if one.said_to:
-            return self._fail(request, IndeterminateError(name))
-        return self._fail(request, self._turned_away or NotDeliveredError(name))
+            words = f"{what} may or may not have happened: {silence}; find out before you do it again"
+            return self._fail(request, IndeterminateError(name, words), is_given_up=True)
+        words = f"{what} was not done: {silence}; do it again when there is a broker: {where_to_look(self._endpoint)}"
+        return self._fail(request, self._turned_away or NotDeliveredError(name, words), is_given_up=True)
 
     def _forget(self, request: int) -> _Unanswered | None:
         one = self._unanswered.pop(request, None)
@@ -689,6 +715,53 @@ def result_or_raise(outcome: Outcome) -> bytes:
         was_raised = outcome.cause is not None or outcome.traceback.startswith("Traceback")
         raise error from RemoteError(outcome) if was_raised and not isinstance(error, RemoteError) else None
     return outcome or b""
+
+
+def _words_for(message: Request) -> str:
+    """What was asked for."""
+    match message:
+        case TaskSend():
+            return f"sending the task {message.task} to the queue {message.queue!r}"
+        case TaskAck():
+            return f"acknowledging the task {message.task}"
+        case TaskNack():
+            return f"giving back the task {message.task}"
+        case TaskSubscribe():
+            return f"subscribing to the queue {message.queue!r}"
+        case TaskUnsubscribe():
+            return f"ending the subscription to the queue {message.queue!r}"
+        case RpcRequest():
+            return f"asking {message.recipient!r}"
+        case RpcSubscribe():
+            return f"subscribing as {message.identifier!r}"
+        case RpcUnsubscribe():
+            return f"ending the subscription as {message.identifier!r}"
+        case BroadcastSend():
+            return "sending a broadcast" + ("" if message.subject is None else f" about {message.subject!r}")
+        case BroadcastSubscribe():
+            return "subscribing to broadcasts"
+        case BroadcastUnsubscribe():
+            return "ending a subscription to broadcasts"
+        case Call():
+            return f"a call with {len(message.requests)} requests to the service behind the broker"
+        case TaskList():
+            return "listing tasks"
+        case TaskEdit():
+            return {"requeue": "requeuing", "bury": "burying", "delete": "deleting"}[message.action] + " tasks"
+        case QueueConfigure():
+            return f"setting the limits of the queue {message.queue!r}"
+        case ResourceConfigure():
+            return f"setting the capacity of the resource {message.resource!r}"
+        case StatisticsAsk():
+            return "asking for the statistics"
+        case BlobPut():
+            return f"putting the blob {message.digest}"
+        case BlobGet():
+            return f"getting the blob {message.digest}"
+        case Goodbye():
+            return "leaving"
+        case _:
+            assert_never(message)
 
 
 def _name_of(message: Request) -> object:

@@ -90,11 +90,17 @@ class IncomingTask(Protocol):
 
 
 class TakenTask(IncomingTask, Protocol):
-    """A task that was fetched with `next_task`. Leaving it as a context manager acknowledges it; an exception gives it
-    back."""
+    """A task that was fetched with `next_task`. Leaving it as a context manager acknowledges it, unless it was said
+    before what becomes of it; an exception gives it back.
+
+    What is said first counts; saying more is harmless. But who was silent for longer than its lease, or was taken for
+    dead, does not hold its tasks any more: then `acknowledge` and `fail` (and so the end of the block) raise
+    `TaskRejectedError`, each time, and what they were given is dropped. They raise `IndeterminateError` if the
+    connection broke just then, and nobody knows which it was.
+    """
 
     async def acknowledge(self, result: bytes | None = None) -> None:
-        """It is done, with this result for its sender. Idempotent."""
+        """It is done, with this result for its sender."""
         ...
 
     async def fail(self, error: BaseException) -> None:
@@ -102,7 +108,7 @@ class TakenTask(IncomingTask, Protocol):
         ...
 
     async def reject(self, reason: str = "rejected") -> None:
-        """Give it back: it is offered again, a little later."""
+        """Give it back: it is offered again, a little later. Harmless if somebody else has it meanwhile."""
         ...
 
     async def __aenter__(self) -> TakenTask: ...
@@ -140,9 +146,22 @@ class TaskReceipt(Protocol):
 
 
 TaskHandler = Callable[[IncomingTask], Awaitable[bytes | None] | bytes | None]
-"""Returning acknowledges the task (with that result, if the sender wants it), raising `TaskRejectedError` or being
-cancelled gives it back, any other exception acknowledges it with the failure. A task that was already settled by
-``call(..., acks=[task])`` is left alone."""
+"""What becomes of the task is decided by how its handler ends.
+
+================================  ================================================================================
+it returns bytes or None          the task is acknowledged, with that result if its sender wants it
+it raises `TaskRejectedError`     the task is given back, for this reason
+it raises another `Exception`     the task is acknowledged: this error is its result. It is not done again
+it is cancelled                   the task is given back
+it raises `SystemExit`,           the task is given back: its program ends, the task has not. An error that ends a
+`KeyboardInterrupt` or another    program goes on to do so if the loop of the handler runs in the main thread, also
+`BaseException`                   that of a plain handler; in another thread it ends the handler only
+its loop is closed                the task is given back
+================================  ================================================================================
+
+What is given back is offered again, a little later, as its next attempt. A task that was settled meanwhile by
+``call(..., acks=[task])`` is left alone. So is one that somebody else has by then, because this session was silent for
+longer than its lease: what the handler came to is dropped, and the log says so."""
 RpcHandler = Callable[[bytes], Awaitable[bytes] | bytes]
 BroadcastHandler = Callable[["Broadcast"], Awaitable[None] | None]
 

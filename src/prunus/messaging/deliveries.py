@@ -32,7 +32,7 @@ from prunus.errors import (
     UnroutableError,
     speakable,
 )
-from prunus.messaging.client import OVER, ClientCore
+from prunus.messaging.client import OVER, Answered, ClientCore
 from prunus.messaging.communicator import (
     MAX_BODY_BYTES,
     MAX_BROADCASTS_IN_HAND,
@@ -47,6 +47,7 @@ from prunus.messaging.messages import (
     BroadcastDelivery,
     BroadcastSubscribe,
     BroadcastUnsubscribe,
+    Done,
     Outcome,
     Request,
     RpcDelivery,
@@ -109,6 +110,8 @@ class Deliveries:
         self.reconnected: dict[int, Callback] = {}
         self.in_hand: dict[str, TaskInHand] = {}
         """By task: who works on it."""
+        self.settling: dict[int, TaskDelivery] = {}
+        """By request: what handlers have done, until the broker has confirmed it."""
         self.questions_in_hand = self.question_bytes = self.broadcast_bytes = 0
         self._behind: dict[BroadcastSubscription, None] = {}
         """Those that missed something and were not yet told."""
@@ -167,6 +170,23 @@ class Deliveries:
         if in_hand is not None:
             self.let_go(in_hand)
             in_hand.was_lost(now)
+
+    def was_settled(self, event: Answered) -> PrunusError | None:
+        """The answer to the acknowledgement of a task came; why it does not count, if it does not."""
+        delivery = self.settling.pop(event.id, None)
+        if not (isinstance(event.message, Done) and event.message.stale and isinstance(event.request, TaskAck)):
+            return None
+        if event.unsure:
+            if delivery is not None:
+                logger.info("nobody knows whether what became of %s here counts", _named(delivery))
+            return IndeterminateError(event.request.task)
+        if delivery is not None:
+            logger.warning(
+                "somebody else has %s meanwhile; what its handler came to is dropped",
+                _named(delivery),
+                extra={"task": delivery.task},
+            )
+        return TaskRejectedError(f"the task {event.request.task} is somebody else's meanwhile")
 
     def let_go(self, in_hand: TaskInHand) -> bool:
         """It takes no room any more; whether it did."""
@@ -284,6 +304,18 @@ class BaseSubscription(ABC):
         self.communicator = communicator
 
     @abstractmethod
+    def __str__(self) -> str:
+        """To what it subscribes."""
+
+    @abstractmethod
+    def _is_active(self) -> bool:
+        """Things are delivered to it."""
+
+    def __repr__(self) -> str:
+        state = "" if self._is_active() and not self.communicator._closing else ", cancelled"
+        return f"<{type(self).__name__} {self} of {self.communicator.session}{state}>"
+
+    @abstractmethod
     def enter(self, id: int) -> Request:
         """On the core's side: be known here, and what to tell the broker."""
 
@@ -316,6 +348,13 @@ class Lane(BaseSubscription):
     @property
     def room(self) -> int:
         return self.credit - self.busy
+
+    def __str__(self) -> str:
+        queue, subject = self.key
+        return f"{queue!r}" + ("" if subject is None else f", subject {subject!r}") + f", credit {self.credit}"
+
+    def _is_active(self) -> bool:
+        return self in self.communicator._deliveries.lanes.get(self.key, ())
 
     @abstractmethod
     def take(self, now: float, delivery: TaskDelivery) -> TaskInHand: ...
@@ -427,10 +466,16 @@ class RpcSubscription(BaseSubscription):
         super().__init__(communicator)
         self.identifier, self.handler = identifier, Handler(handler)
 
+    def __str__(self) -> str:
+        return f"{self.identifier!r}"
+
+    def _is_active(self) -> bool:
+        return self.communicator._deliveries.rpcs.get(self.identifier) is self
+
     def enter(self, id: int) -> Request:
         rpcs = self.communicator._deliveries.rpcs
         if self.identifier in rpcs:
-            raise DuplicateSubscriberError(self.identifier)
+            raise DuplicateSubscriberError(self.identifier, here=True)
         rpcs[self.identifier] = self
         return RpcSubscribe(id=id, identifier=self.identifier)
 
@@ -458,6 +503,14 @@ class BroadcastSubscription(BaseSubscription):
         self.sender, self.subject = matcher(names[0]), matcher(names[1])
         self.on_missed = Callback(on_missed or (lambda count: None))
         self.in_hand = 0
+
+    def __str__(self) -> str:
+        sender, subject = self.names
+        named = (("sender", sender), ("subject", subject))
+        return ", ".join(f"{what} {name!r}" for what, name in named if name is not None) or "all"
+
+    def _is_active(self) -> bool:
+        return self.communicator._deliveries.broadcasts.get(self.number) is self
 
     def enter(self, id: int) -> Request:
         self.communicator._deliveries.broadcasts[self.number] = self
@@ -493,16 +546,20 @@ class TaskInHand(Protocol):
 class PulledTask:
     """It is with the caller of `next_task`."""
 
-    __slots__ = ("delivery", "lane", "pull")
+    __slots__ = ("delivery", "is_lost", "lane", "pull")
 
     def __init__(self, pull: Pull, delivery: TaskDelivery) -> None:
         self.pull, self.delivery = pull, delivery
         self.lane: Lane | None = None
+        self.is_lost = False
+        """Somebody else has it."""
 
     def was_lost(self, now: float) -> None:
         self.pull.close(now)
+        self.is_lost = True
         logger.warning(
-            "somebody else has a fetched task now; what is said about it here is ignored",
+            "somebody else has %s now, which was fetched here; what is said about it here does not count",
+            _named(self.delivery),
             extra={"task": self.delivery.task},
         )
 
@@ -536,7 +593,12 @@ class _TaskJob(Job):
         try:
             body = await self._fetch(self.delivery.blob)
         except PrunusError as error:
-            logger.warning("a task is given back: its body could not be fetched", extra={"task": argument.id})
+            logger.warning(
+                "%s is given back: its body could not be fetched: %s",
+                _named(self.delivery),
+                error,
+                extra={"task": argument.id},
+            )
             raise TaskRejectedError(NO_BODY.format(error)) from error
         if self.lane is None:
             raise NotRunError("somebody else has this task meanwhile")
@@ -545,9 +607,9 @@ class _TaskJob(Job):
     def was_lost(self, now: float) -> None:
         stopped = self._deliveries.jobs.cancel(self)
         logger.warning(
-            "somebody else has this task now; its handler is cancelled"
-            if stopped
-            else "somebody else has this task now; its handler can't be stopped, and what it returns is dropped",
+            "somebody else has this task now; its handler %s: %s",
+            "is cancelled" if stopped else "can't be stopped, and what it returns is dropped",
+            _named(self.delivery),
             extra={"task": self.delivery.task},
         )
 
@@ -557,6 +619,8 @@ class _TaskJob(Job):
             return  # a call settled it, or it was lost
         if isinstance(error, _CANCELLED):
             deliveries.give_back(now, task, "its handler was cancelled", attempted=True)
+        elif error is not None and not isinstance(error, Exception):  # the end of its program, not of the task
+            deliveries.give_back(now, task, f"its handler was ended by {Failure.of(error)}", attempted=True)
         elif isinstance(error, TaskRejectedError):
             deliveries.give_back(now, task, Failure.of(error).message, attempted=True)
         elif isinstance(error, NotRunError):
@@ -566,11 +630,15 @@ class _TaskJob(Job):
             outcome = _bytes_or_failure(self.result, error, optional=True)
             if isinstance(outcome, Failure):
                 logger.warning(
-                    "a task's handler failed; the task is done with, and its sender gets the error",
+                    "a handler failed; %s is done with, and its sender gets the error",
+                    _named(task),
                     extra={"task": task.task, "failure": str(outcome)},
                     exc_info=error,
                 )
-            deliveries.core.ask(now, lambda id: TaskAck(id=id, task=task.task, epoch=task.epoch, outcome=outcome))
+            request = deliveries.core.ask(
+                now, lambda id: TaskAck(id=id, task=task.task, epoch=task.epoch, outcome=outcome)
+            )
+            deliveries.settling[request] = task
 
 
 class _QuestionJob(Job):
@@ -610,9 +678,13 @@ def nothing(answer: object) -> None:
     """What is made of an answer that says only that it is done."""
 
 
+def _named(task: TaskDelivery) -> str:
+    return f"the task {task.task} of the queue {task.queue!r}"
+
+
 def _bytes_or_failure(result: object, error: BaseException | None, *, optional: bool) -> Outcome:
     if error is None:
-        if isinstance(result, bytes):
+        if isinstance(result, bytes):  # or was made of a bytearray, or a memoryview, when the handler ended
             if len(result) <= MAX_BODY_BYTES:
                 return bytes(result)  # of a subclass (numpy has one) too
             error = MessageTooLargeError(len(result), MAX_BODY_BYTES)

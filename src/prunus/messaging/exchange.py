@@ -28,6 +28,7 @@ import msgspec
 
 from prunus.errors import (
     BusyError,
+    IndeterminateError,
     MessageTooLargeError,
     MessagingError,
     NotDeliveredError,
@@ -41,7 +42,7 @@ from prunus.errors import (
 )
 from prunus.messaging.access import OWNER, SENDING, Principal, Role, reduced, what, who_may_say
 from prunus.messaging.blobs import BlobStore
-from prunus.messaging.broker import OWN_TASKS, BrokerCore, Came, Describe, Effect, Left, Show
+from prunus.messaging.broker import OWN_TASKS, BrokerCore, Came, Describe, Effect, Left, Show, Tell
 from prunus.messaging.communicator import MAX_BODY_BYTES
 from prunus.messaging.inventory import Statistics, TaskInfo, fitting
 from prunus.messaging.messages import (
@@ -64,6 +65,7 @@ from prunus.messaging.messages import (
     StatisticsTold,
     TaskDelivery,
     TaskList,
+    TaskResult,
     TasksListed,
     Unwelcome,
     Violation,
@@ -72,7 +74,7 @@ from prunus.messaging.messages import (
     encode_answers,
     outcome_of,
 )
-from prunus.messaging.queues import Deliver, Keep, Needs, Send, Task
+from prunus.messaging.queues import Deliver, Hold, Keep, Needs, Send, Task, dead_letter
 from prunus.messaging.taskstore import TaskStore
 
 MAX_PROTOCOL_ERRORS = 10
@@ -201,7 +203,6 @@ class Exchange(Generic[Route]):
         failpoint: Callable[[str], None] = lambda name: None,
         on_session: Callable[[str, Peer | None], None] = lambda session, peer: None,
         before_batch: Callable[[int], None] = lambda size: None,
-        full_with: Callable[[int], str | None] = lambda size: None,
         principal_of: Callable[[Route], Principal] = lambda route: OWNER,
     ) -> None:
         """Read what is on disk and raise the broker epoch (one commit).
@@ -212,8 +213,7 @@ class Exchange(Generic[Route]):
 
         `failpoint` is called with ``before_commit``, ``after_commit`` and (by the server) ``after_send``;
         `on_session` when a session is known (with its process) or gone (None); `before_batch` with the bytes that
-        came, before anything is done with them. `full_with` gives the path of the disk if so many bytes of the broker's
-        own have no room on it. `principal_of` says who speaks on a connection.
+        came, before anything is done with them. `principal_of` says who speaks on a connection.
         """
         if connection.isolation_level is not None:
             raise ValueError("open the connection with isolation_level=None: the exchange begins and commits itself")
@@ -224,7 +224,6 @@ class Exchange(Generic[Route]):
         self.failpoint = failpoint
         self.on_session = on_session
         self.before_batch = before_batch
-        self.full_with = full_with
         self.principal_of = principal_of
         self.is_stuck: Callable[[Route], bool] = lambda route: False
         """Whether a connection should get no more of what can be refused or dropped: its peer does not read."""
@@ -244,6 +243,8 @@ class Exchange(Generic[Route]):
         """Sessions that the service has to be told are gone."""
         self._parts_bytes: dict[str, int] = {}
         """What each session got of blobs in this batch."""
+        self._damaged: list[tuple[Task, Hold, str]] = []
+        """Tasks that were given out in this batch and can't be delivered, and why."""
         self._told_bytes: dict[Route, int] = {}
         """What each connection was told in this batch, by answers that may be large."""
         self._later: dict[Route, _Later] = {}
@@ -329,9 +330,13 @@ class Exchange(Generic[Route]):
         self._sends = self._behind_the_barrier(work, now)
         return forgotten
 
-    def sweep_blobs(self, now: float) -> None:
-        """Remove some of the blobs that no task refers to. Between two batches: what refers to one is committed."""
-        if self._blobs is not None and self._refuse_changes is None:
+    def sweep_blobs(self, now: float, *, keep_finished: bool = False) -> None:
+        """Drop idle uploads, also on a full disk, where that frees space. Then remove some of the blobs that no task
+        refers to, unless these are to be kept for now. Between two batches: what refers to one is committed."""
+        if self._blobs is None:
+            return
+        self._blobs.drop_idle(now)
+        if self._refuse_changes is None and not keep_finished:
             try:
                 self._blobs.sweep(now, self._store.needs_blob)
             except sqlite3.Error as error:
@@ -427,6 +432,7 @@ class Exchange(Generic[Route]):
         try:
             work()
             self._let_go()
+            self._bury_damaged()
             changes = self._core.take_changes(lasting=self._refuse_changes is not None)
             if changes:
                 self._begin()
@@ -520,6 +526,8 @@ class Exchange(Generic[Route]):
                         del self._sessions[route]
                 case Show():
                     self._show(effect)
+                case Tell():
+                    self._apply([Send(effect.session, self._result_of(effect.task))])
                 case Describe():
                     self._answer(effect.session, StatisticsTold(id=effect.request, statistics=self.statistics()))
                 case _:
@@ -535,7 +543,7 @@ class Exchange(Generic[Route]):
             body = self._store.body(task.number)
         except PersistenceError as error:
             logger.error("a task is a dead letter: %s", error, extra={"task": task.id, "queue": task.queue})
-            self._apply(self._core.damaged(task, str(error)))
+            self._damaged.append((task, hold, str(error)))
             return
         self._store.forget_body(task.number)
         route = self._routes.get(hold.session)
@@ -553,6 +561,13 @@ class Exchange(Generic[Route]):
             )
             self._sends.append((route, encode(delivery)))
 
+    def _bury_damaged(self) -> None:
+        """Others may be given out in their place, and be damaged too."""
+        while self._damaged:
+            task, hold, reason = self._damaged.pop()
+            if task.hold is hold:
+                self._apply(self._core.damaged(task, reason))
+
     def _show(self, show: Show) -> None:
         """Answer a question for tasks; with their bodies as many as fit into a frame."""
         tasks: list[TaskInfo] = []
@@ -568,6 +583,13 @@ class Exchange(Generic[Route]):
                 info = msgspec.structs.replace(info, body=body)
             tasks.append(info)
         self._answer(show.session, TasksListed(id=show.request, tasks=tuple(tasks), more=more))
+
+    def _result_of(self, task: Task) -> bytes:
+        if task.place == "dead":
+            return dead_letter(task)
+        if (frame := task.outcome or self._store.outcome(task.number)) is not None:
+            return frame
+        return encode(TaskResult(task=task.id, outcome=outcome_of(IndeterminateError(f"task {task.id}"))))
 
     def _answer(self, session: str, message: TasksListed | StatisticsTold) -> None:
         """Answer a question about what is there; it may be too much for a frame."""
@@ -723,6 +745,7 @@ class Exchange(Generic[Route]):
                 answer = BlobPart(id=message.id, total=total, chunk=chunk)
             else:
                 if (full := self.refuse_new or self._refuse_changes) is not None:
+                    self._blobs.drop(session, message.digest)
                     raise StoreFullError(full)
                 size = self._blobs.put(now, session, message.digest, message.offset, message.total, message.chunk)
                 answer = BlobHeld(id=message.id, size=size)
@@ -788,7 +811,7 @@ class Exchange(Generic[Route]):
         if self._blobs is None or sum(map(len, answers)) <= MAX_BODY_BYTES or not self._may_read_blobs(session):
             return CallDone(id=call.id, answers=answers)
         data = encode_answers(answers)
-        if (full := self.refuse_new or self._refuse_changes or self.full_with(len(data))) is not None:
+        if (full := self.refuse_new or self._refuse_changes) is not None:
             raise StoreFullError(full)
         digest = hashlib.sha256(data).hexdigest()
         self._blobs.put(now, session, digest, 0, len(data), data)

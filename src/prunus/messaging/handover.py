@@ -207,6 +207,8 @@ class Job(Crossing):
                 result = await anyio.to_thread.run_sync(handler.function, argument, limiter=self.limiter)
                 if inspect.isawaitable(result):
                     result = await result
+            if isinstance(result, bytearray | memoryview):
+                result = bytes(result)  # now: its owner may go on to change it
         except Exception as error:  # the user's handler: whatever it raised is the answer
             self._end(None, error)
         except (SystemExit, KeyboardInterrupt) as error:

@@ -17,14 +17,14 @@ import itertools
 import logging
 import os
 import secrets
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import Any, Literal, TypeVar, assert_never
 
 from prunus.errors import (
@@ -34,6 +34,7 @@ from prunus.errors import (
     ConnectionLostError,
     Failure,
     ForkedProcessError,
+    IndeterminateError,
     ProtocolError,
     PrunusError,
     TaskRejectedError,
@@ -48,6 +49,7 @@ from prunus.messaging.arguments import (
     check_optional_names,
     check_page,
     check_patience,
+    check_peer_name,
     check_place,
     check_priority,
     check_seconds,
@@ -58,7 +60,6 @@ from prunus.messaging.arguments import (
     wall_clock,
 )
 from prunus.messaging.client import (
-    OVER,
     Answered,
     ClientCore,
     Ended,
@@ -138,6 +139,8 @@ CLOSE_TIMEOUT_S = 2.0
 """How long `close` waits for the broker to hear it; a broker that does not will find out by itself."""
 LAST_CALL_S = 0.2
 """How long it waits for a connection that is just being made anew, so as not to be taken for somebody who is there."""
+LAST_WORD_S = 1.0
+"""How long `next_task` waits, when its time is over, for a broker that is there to say that no task is on its way."""
 LOOK_FOR_CLOSED_LOOPS_S = 2.0
 """How often handlers are looked for whose loop was closed."""
 
@@ -151,6 +154,7 @@ class PeerCommunicator(ABC):
     """A `prunus.messaging.communicator.Communicator`; how its frames travel is up to the subclass."""
 
     def __init__(self, endpoint: str, name: str = "peer") -> None:
+        check_peer_name(name)
         self.endpoint = endpoint
         self._session = f"{name}-{secrets.token_hex(16)}"
         self._prefix = secrets.token_hex(10)
@@ -161,7 +165,7 @@ class PeerCommunicator(ABC):
         self._closers: list[Waiter] = []
         self._numbers = itertools.count(1)
         # From here on: the core's side only.
-        self._core = ClientCore(self._session, this_peer(), secret=secrets.token_hex(16))
+        self._core = ClientCore(self._session, this_peer(), secret=secrets.token_hex(16), endpoint=endpoint)
         self._handover = Handover()
         self._jobs = Jobs(self._handover, self._job_ended)
         self._deliveries = Deliveries(self._core, self._jobs, self._handover)
@@ -176,7 +180,7 @@ class PeerCommunicator(ABC):
         self._waiters: dict[int, _Asked] = {}
         self._up_waiters: list[Waiter] = []
         self._end_waiters: list[Waiter] = []
-        self._results: dict[str, Future[Outcome]] = {}
+        self._results: dict[str, Awaited] = {}
 
     # --- for users: see the protocol ---
 
@@ -271,16 +275,20 @@ class PeerCommunicator(ABC):
         check_optional_names(subject)
         check_patience(timeout_s)
         pull = Pull(self, queue, subject)
+        came = pull.waiter.future
         try:
-            await self._subscribe(pull)
-            await asyncio.wait([pull.waiter.future], timeout=timeout_s)
-            if not pull.waiter.future.done():
-                await self._request(pull.withdraw, pull.withdrawn)
-            if not pull.waiter.future.done():
-                raise TimeoutError(f"no task came from the queue {queue!r} within {timeout_s:g} s")
-            return await self._fetched(pull.waiter.future.result())
+            try:
+                await self._await_task(pull, timeout_s)
+            except TimeoutError:
+                if not came.done():
+                    raise TimeoutError(
+                        f"no task came from the queue {queue!r} within {timeout_s:g} s"
+                        + ("" if self._core.up else f", and no broker answers at {self.endpoint}")
+                    ) from None
+            return await self._fetched(came.result())
         except BaseException:
-            pull.waiter.future.cancel()
+            if not came.cancel() and not came.cancelled():
+                came.exception()  # asked for, so that nobody complains
             with contextlib.suppress(PrunusError):
                 self._post(pull.abandon)
             raise
@@ -405,7 +413,8 @@ class PeerCommunicator(ABC):
         await self.close()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._session} at {self.endpoint}>"
+        state = "" if not self._closing else ", closed" if self.failure is None else ", refused"
+        return f"<{type(self).__name__} {self._session} at {self.endpoint}{state}>"
 
     # --- what a subclass does ---
 
@@ -485,6 +494,22 @@ class PeerCommunicator(ABC):
     async def _fetch(self, digest: str) -> bytes:
         """All of a blob; raises as `blob_get`."""
         return await download_bytes(self._get_piece, digest)
+
+    async def _await_task(self, pull: Pull, timeout_s: float | None) -> None:
+        """Until it came. Raises `TimeoutError`: the broker has said then that none is on its way, or did not answer."""
+        loop = asyncio.get_running_loop()
+        ends_at = None if timeout_s is None else loop.time() + max(timeout_s, 0)
+        async with asyncio.timeout_at(None if ends_at is None else ends_at + self._last_word_s()):
+            await self._subscribe(pull)
+        await asyncio.wait([pull.waiter.future], timeout=None if ends_at is None else max(ends_at - loop.time(), 0))
+        if not pull.waiter.future.done():
+            async with asyncio.timeout(self._last_word_s()):
+                await self._request(pull.withdraw, pull.withdrawn)
+            if not pull.waiter.future.done():
+                raise TimeoutError
+
+    def _last_word_s(self) -> float:
+        return LAST_WORD_S if self._core.up else 0.0
 
     async def _fetched(self, pulled: PulledTask) -> Taken:
         """A task that came, with its body. If that can't be fetched it goes back, and why is raised."""
@@ -586,7 +611,7 @@ class PeerCommunicator(ABC):
             case Answered():
                 if isinstance(event.request, Call):
                     self._deliveries.settled(event.request.acks)
-                self._settle(event.id, event.message)
+                self._settle(event.id, self._deliveries.was_settled(event) or event.message)
                 if event.id == self._goodbye:
                     self._finish_at = now
             case TaskDelivery():
@@ -597,15 +622,18 @@ class PeerCommunicator(ABC):
                 self._deliveries.broadcast_came(event)
             case TaskResult():
                 if (result := self._results.pop(event.task, None)) is not None:
-                    result.set_result(event.outcome)
+                    result.came(event.outcome, self._resolve)
             case Failed():
+                self._deliveries.settling.pop(event.id, None)
                 self._settle(event.id, event.error)
             case Missed():
                 self._deliveries.missed(event.count)
             case TaskLost():
                 self._deliveries.lost(now, event.task)
             case NameTaken():
-                logger.warning("somebody else answers under this name now", extra={"identifier": event.identifier})
+                logger.warning(
+                    "somebody else answers as %r now", event.identifier, extra={"identifier": event.identifier}
+                )
                 self._deliveries.rpcs.pop(event.identifier, None)
             case Up():
                 for waiter in self._up_waiters:
@@ -641,7 +669,7 @@ class PeerCommunicator(ABC):
         self._handover.add(waiter.loop, waiter)
 
     def _awaited_receipt(self, answer: TaskStored) -> Receipt:
-        return Receipt(answer.task, answer.stored, self._results.setdefault(answer.task, Future()))
+        return Receipt(answer.task, answer.stored, self._results.setdefault(answer.task, Awaited()))
 
     # --- the end ---
 
@@ -677,7 +705,7 @@ class PeerCommunicator(ABC):
         for pull in self._deliveries.waiting_lanes():
             pull.resolve(closed)
         for result in self._results.values():
-            result.set_exception(closed)
+            result.came(closed, self._resolve)
         self._waiters.clear()
         self._results.clear()
         self._jobs.cancel_all(but=self._closing_jobs)
@@ -689,20 +717,57 @@ class PeerCommunicator(ABC):
 # --- what users get ---------------------------------------------------------------------------------
 
 
+class Awaited:
+    """What a task came to, for all who wait for it, in whichever loops."""
+
+    __slots__ = ("_lock", "_waiters", "outcome")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiters: set[Waiter] = set()
+        self.outcome: Outcome | PrunusError | EllipsisType = ...
+        """Not there yet, if it is an ellipsis."""
+
+    def came(self, outcome: Outcome | PrunusError, resolve: Callable[[Waiter, object], None]) -> None:
+        """On the core's side."""
+        with self._lock:
+            self.outcome = outcome
+            waiters, self._waiters = self._waiters, set()
+        for waiter in waiters:
+            resolve(waiter, None)
+
+    async def get(self) -> bytes:
+        """Waits for it, if it is not there. Who waits no longer leaves nothing behind."""
+        if self.outcome is ...:  # else there is no need to wait, not even for a turn of the loop
+            waiter = Waiter()
+            with self._lock:
+                if self.outcome is ...:
+                    self._waiters.add(waiter)
+            try:
+                while self.outcome is ...:
+                    await waiter.future
+            finally:
+                with self._lock:
+                    self._waiters.discard(waiter)
+        outcome = self.outcome
+        assert not isinstance(outcome, EllipsisType), "it came"
+        if isinstance(outcome, PrunusError):
+            raise outcome.with_traceback(None)
+        return result_or_raise(outcome)
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """A `TaskReceipt`."""
 
     id: str
     stored: bool
-    _result: Future[Outcome] | None = field(repr=False, default=None)
+    _result: Awaited | None = field(repr=False, default=None)
 
     async def result(self) -> bytes:
         if self._result is None:
             raise ValueError("send the task with want_result=True to wait for its result")
-        if self._result.done():  # no need to wait, not even for a turn of the loop
-            return result_or_raise(self._result.result())
-        return result_or_raise(await asyncio.shield(asyncio.wrap_future(self._result)))
+        return await self._result.get()
 
 
 class Taken:
@@ -714,22 +779,45 @@ class Taken:
         self.key, self.queue, self.subject, self.body = delivery.key, delivery.queue, delivery.subject, body
         self.pull, self._pulled = pulled.pull, pulled
         self._communicator = communicator
+        self._said = False
+        """Its receiver has said what becomes of it."""
+        self._refusal: PrunusError | None = None
+        """Why that does not count."""
 
     async def acknowledge(self, result: bytes | None = None) -> None:
         outcome = None if result is None else checked_body(result)
-        await self._settle(lambda id: TaskAck(id=id, task=self.id, epoch=self.epoch, outcome=outcome))
+        await self._done(outcome)
 
     async def fail(self, error: BaseException) -> None:
         if not isinstance(error, BaseException):
             raise TypeError(f"a task fails with an exception, as ValueError('...'), not with {error!r:.100}")
-        outcome = outcome_of(error)
-        await self._settle(lambda id: TaskAck(id=id, task=self.id, epoch=self.epoch, outcome=outcome))
+        await self._done(outcome_of(error))
 
     async def reject(self, reason: str = "rejected") -> None:
         if not isinstance(reason, str):
             raise TypeError(f"the reason for which a task is given back is a text, not {reason!r:.100}")
         reason = as_reason(reason)
         await self._settle(lambda id: TaskNack(id=id, task=self.id, epoch=self.epoch, reason=reason))
+
+    async def _done(self, outcome: Outcome) -> None:
+        """Raises if that does not count, however often it is said."""
+        try:
+            await self._settle(lambda id: TaskAck(id=id, task=self.id, epoch=self.epoch, outcome=outcome))
+        except TaskRejectedError:
+            self._pulled.is_lost = True
+        except IndeterminateError:
+            self._refusal = IndeterminateError(
+                self.id,
+                f"the task {self.id} of the queue {self.queue!r} may or may not be done with: the connection broke "
+                "when that was said, and since then this session does not hold it any more",
+            )
+        if self._pulled.is_lost:
+            self._refusal = TaskRejectedError(
+                f"somebody else has the task {self.id} of the queue {self.queue!r} meanwhile, because this session was "
+                "silent for longer than its lease or was taken for dead: what it came to here does not count"
+            )
+        if self._refusal is not None:
+            raise self._refusal.with_traceback(None)
 
     async def _settle(self, make: Callable[[int], TaskAck | TaskNack]) -> None:
         """Unless it was settled before: give up the place, then the task."""
@@ -739,6 +827,7 @@ class Taken:
                 raise NothingToDoError
             return make(id)
 
+        self._said = True
         if self._pulled.lane is None:
             return
         self._communicator._post(self.pull.close)
@@ -752,9 +841,10 @@ class Taken:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is None:
-            await self.acknowledge()
+            if not self._said:
+                await self.acknowledge()
             return
-        with contextlib.suppress(*OVER):  # who leaves gives its tasks back
+        with contextlib.suppress(PrunusError):  # it is the body's error that counts; who leaves gives its tasks back
             failure = Failure.of(error)
             await self.reject(failure.message if isinstance(error, TaskRejectedError) else str(failure))
 

@@ -14,8 +14,8 @@ Rules
   bodies no more at a time than can be on their way to it (`MAX_GIVEN_BYTES`): the rest when it has read them.
 - Tokens of which nobody says how many there are can't be taken: what needs them waits until somebody does.
 - **Keys**: at most one task of a (queue, key) is pending, at most one of a key is held. A pending one whose key is held
-  waits for the holder. A held one that comes back while its equal is pending is merged into that one. A dead one has no
-  key any more.
+  waits for the holder. A held one that comes back while its equal is pending is merged into that one, which then
+  expires when the last of both would have. A dead one has no key any more.
 - A task that nobody wants now stands in nobody's way. Ready tasks with the same subject and the same needs form a
   **lane**; an **outlet** (the subscriptions of a queue with one pattern) sees the heads of its lanes only; and it is
   looked at again only when something changed for it: credit, a head, tokens, a limit, time. So what a delivery costs
@@ -89,6 +89,8 @@ MAX_REASON_CHARS = 2_000
 """Of the reason of a rejected or dead task so much is kept."""
 MAX_GIVEN_BYTES = 8 * 1024 * 1024
 """A session to which so much was given gets no more until somebody says that it reads (`TaskQueues.go_on`)."""
+FRAME_COST_BYTES = 4 * 1024
+"""What a message counts besides what it carries, so that not too many small ones are on their way either."""
 RATE_WINDOW_S = 60.0
 """Over this time the rates of a queue are told."""
 RATE_STEP_S = 5.0
@@ -102,6 +104,7 @@ DELETED = "deleted by hand"
 Needs = tuple[tuple[str, int], ...]
 """(resource, tokens), by name."""
 _PENDING = ("ready", "delayed", "blocked")
+_OVER = ("", "settled", "dead")
 
 
 class Hold(msgspec.Struct, frozen=True, gc=False):
@@ -129,7 +132,7 @@ class Task(msgspec.Struct, order=True, gc=False):
     key: str | None
     subject: str | None
     size: int
-    """Bytes of its body."""
+    """Bytes of its body; if it is settled, of its outcome."""
     sent_at: float
     """Wall-clock time, as `not_before` and `expires_at` (0: none)."""
     needs: Needs = ()
@@ -144,7 +147,7 @@ class Task(msgspec.Struct, order=True, gc=False):
     waiters: tuple[str, ...] = ()
     """Sessions that wait for its result."""
     outcome: bytes | None = None
-    """The frame of its `TaskResult`, once it is settled and as long as somebody waits for it."""
+    """The frame of its `TaskResult` if it was settled in this batch, and somebody waits for it; then it is stored."""
     reason: str | None = None
     retry_at: float = 0.0
     """Monotonic time at which it is offered again after it was rejected."""
@@ -273,13 +276,12 @@ class TaskQueues:
                 if task.queue == queue
             )
             outlet.subscribers[session] = subscriber
-        more = credit > subscriber.credit
         subscriber.credit = credit
         if shared or subscriber.shared:
             subscriber.shared = shared
             member.count_shared()
             self._credit_changed(member)
-        elif more:
+        else:
             self._has_room(subscriber)
 
     def unsubscribe(self, session: str, queue: str, pattern: str | None) -> None:
@@ -494,8 +496,10 @@ class TaskQueues:
             self._measure()
 
     def due(self) -> float:
-        """The monotonic time at which something is due by the monotonic clock; infinite if nothing is."""
-        return min(self._rejected.next(), min(self._throttled.values(), default=math.inf))
+        """The monotonic time at which something is due, unless the wall clock is set meanwhile; infinite if nothing
+        is."""
+        by_wall = self.now + max(0.0, min(self._scheduled.next(), self._expiring.next()) - self.wall)
+        return min(self._rejected.next(), min(self._throttled.values(), default=math.inf), by_wall)
 
     def dispatch(self) -> None:
         """Give out tasks as long as somebody has room."""
@@ -670,8 +674,8 @@ class TaskQueues:
         """The tasks that changed since the last time. `lasting`: those only that are over; the rest stays for later."""
         changes, self._changes = self._changes, []
         if lasting:
-            self._changes = [task for task in changes if task.place not in ("", "settled")]
-            changes = [task for task in changes if task.place in ("", "settled")]
+            self._changes = [task for task in changes if task.place not in _OVER]
+            changes = [task for task in changes if task.place in _OVER]
         for task in changes:
             task.is_changed = False
         return changes
@@ -883,9 +887,15 @@ class TaskQueues:
             # It says the same: one of them is enough.
             if not pending.max_attempts:
                 pending.attempt = max(pending.attempt, task.attempt)
-                self._note(pending)
+            if pending.expires_at and not 0.0 < task.expires_at <= pending.expires_at:  # not given up before either was
+                pending.expires_at = task.expires_at
+                if pending.expires_at:
+                    self._expiring.add(pending.expires_at, pending)
+            self._note(pending)
             self._end(queue, task, IndeterminateError(f"task {task.id}"))
             return
+        if task.expires_at:  # its timer may have passed while it was held
+            self._expiring.add(task.expires_at, task)
         if later:
             task.retry_at = self.now + min(BACK_OFF_S * 2 ** min(max(task.attempt - 1, 0), 20), MAX_BACK_OFF_S)
         self._offer(queue, task)
@@ -904,7 +914,8 @@ class TaskQueues:
             self._remove(queue, task)
             return
         result = outcome_of(outcome) if isinstance(outcome, PrunusError) else outcome
-        task.outcome, task.size, task.blob = encode(TaskResult(task=task.id, outcome=result)), 0, None
+        task.outcome, task.blob = encode(TaskResult(task=task.id, outcome=result)), None
+        task.size = len(task.outcome)
         self._move(queue, task, "settled")
         for waiter in task.waiters:
             self._emit(Send(waiter, task.outcome))
@@ -1017,7 +1028,7 @@ class TaskQueues:
         for name, tokens in task.needs:
             self._resources[name].taken += tokens
         member.take(task)
-        member.given_bytes += task.size if task.blob is None else 0
+        member.given_bytes += FRAME_COST_BYTES + (task.size if task.blob is None else 0)
         if member.must_read:
             self.to_read[member.name] = None
         self.delivered += 1
@@ -1225,7 +1236,7 @@ class _Member:
         self.held_bytes = 0
         """What these take in its `Hello`."""
         self.given_bytes = 0
-        """Of bodies, since it last had room for more."""
+        """Of tasks, since it last had room for more."""
         self.shared_busy = 0
         """How many it holds by its shared subscriptions."""
 

@@ -5,7 +5,7 @@ every method works inside the transaction of its caller, who decides when all of
 
 What changed in a batch is written once, whatever happened to it meanwhile: a task that came and was settled in the same
 batch leaves no trace. Bodies stay here: those that came lately in memory, up to `BODY_CACHE_BYTES`, all others on disk
-alone, each with a checksum.
+alone, each with a checksum. What came of a task, and waits for its sender, is on disk alone.
 
 What a client has done changes with each task that it sends. That is its *mark*, and goes beside the task, into a page
 that is written anyway: it is *afloat*. When a task that may carry one goes away, or after `MAX_AFLOAT` tasks, all that
@@ -80,7 +80,8 @@ INSERT_TASK = """
     ) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 # What can change of a task.
 UPDATE_TASK = """
-    UPDATE broker_task SET attempt = ?, holder = ?, pattern = ?, epoch = ?, waiters = ?, outcome = ?, dead = ?,
+    UPDATE broker_task SET attempt = ?, holder = ?, pattern = ?, epoch = ?, waiters = ?,
+        outcome = coalesce(?, outcome), dead = ?,
         reason = ?, not_before = ?, expires_at = ?, place = ? WHERE number = ?"""
 # A task is done, and somebody waits for its result: nobody needs its body any more.
 EMPTY_TASK = "UPDATE broker_task SET body = x'', crc = 0, blob = NULL, blob_size = NULL WHERE number = ?"
@@ -88,6 +89,8 @@ EMPTY_TASK = "UPDATE broker_task SET body = x'', crc = 0, blob = NULL, blob_size
 DELETE_TASK = "DELETE FROM broker_task WHERE number = ?"
 # The body of a task.
 READ_BODY = "SELECT body, crc FROM broker_task WHERE number = ?"
+# What came of a task.
+READ_OUTCOME = "SELECT outcome FROM broker_task WHERE number = ?"
 # Whether a blob is the body of a task.
 NEEDS_BLOB = "SELECT EXISTS (SELECT 1 FROM broker_task WHERE blob = ?)"
 # The blobs that are bodies of tasks, and their sizes.
@@ -124,9 +127,10 @@ _FIELDS = f"""
     subject, coalesce(blob_size, length(body)), sent_at"""
 # The tasks that have no more than these.
 LOAD_PLAIN = f"SELECT {_FIELDS} FROM broker_task WHERE {_IS_PLAIN} ORDER BY number"
-# The others, with all that they have.
+# The others, with all that they have, but for what came of them.
 LOAD_OTHERS = f"""
-    SELECT {", ".join(_RARE)}, pattern, epoch, {_FIELDS} FROM broker_task WHERE NOT ({_IS_PLAIN}) ORDER BY number"""
+    SELECT {", ".join(_RARE).replace("outcome", "length(outcome)")}, pattern, epoch, {_FIELDS} FROM broker_task
+    WHERE NOT ({_IS_PLAIN}) ORDER BY number"""
 # All sessions.
 LOAD_SESSIONS = "SELECT id, host, pid, started FROM broker_session ORDER BY id"
 # All clients.
@@ -272,6 +276,11 @@ class TaskStore:
                 raise PersistenceError("its body is damaged on the disk: the checksum does not fit")
         return body
 
+    def outcome(self, number: int) -> bytes | None:
+        """The frame that says what came of a task; None if there is none."""
+        row = self._connection.execute(READ_OUTCOME, (number,)).fetchone()
+        return None if row is None else row[0]
+
     def needs_blob(self, digest: str) -> bool:
         """Whether a blob is the body of a task, as far as it was written."""
         [[needed]] = self._connection.execute(NEEDS_BLOB, (digest,)).fetchall()
@@ -322,6 +331,7 @@ class TaskStore:
                 task.order,
                 number,
             )
+            task.outcome = None
             if task.is_stored:
                 updated.append(row)
                 if place == "settled":
@@ -411,9 +421,11 @@ class TaskStore:
         shared: dict[str, str] = {}
         needs: dict[str, Needs] = {"": ()}
         for (
-            resources, not_before, expires_at, max_attempts, attempt, holder, waiters, outcome, dead, reason, blob,
+            resources, not_before, expires_at, max_attempts, attempt, holder, waiters, outcome_size, dead, reason, blob,
             pattern, epoch, urgency, order, number, id, queue, key, subject, size, sent_at,
         ) in self._connection.execute(LOAD_OTHERS):  # fmt: skip
+            if outcome_size is not None:
+                size = outcome_size
             if subject is not None:
                 subject = shared.setdefault(subject, subject)
             if resources is not None and resources not in needs:
@@ -425,10 +437,9 @@ class TaskStore:
                 expires_at=expires_at,
                 max_attempts=max_attempts,
                 attempt=attempt,
-                place="settled" if outcome is not None else "dead" if dead else "",
+                place="settled" if outcome_size is not None else "dead" if dead else "",
                 hold=None if holder is None else Hold(shared.setdefault(holder, holder), pattern, epoch, 0.0),
                 waiters=tuple(waiters.split(_WAITER_SEPARATOR)) if waiters else (),
-                outcome=outcome,
                 reason=reason,
                 blob=blob,
             )  # fmt: skip

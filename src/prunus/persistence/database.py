@@ -28,7 +28,9 @@ import glob
 import itertools
 import logging
 import os
+import shlex
 import sqlite3
+import stat
 import struct
 import sys
 import tempfile
@@ -69,6 +71,10 @@ NETWORK_FILE_SYSTEMS = frozenset(
 """Where locks or fsync can't be relied on."""
 
 MEMORY = ":memory:"
+
+_ALONGSIDE = ("-wal", "-shm", "-journal", "-mark")
+"""What SQLite and this module add to the name of a database for the files that belong to it."""
+_KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 _RESCUED = ".rescued-"
 """In the name of what was copied of a database whose file was removed."""
@@ -285,12 +291,13 @@ def back_up(
     commits is in the copy too. The copy has been checked and is durable when it appears under its name; before that
     `accompany` is called with it, to put beside it what belongs to it.
 
-    Raises `PersistenceError` if the target can't be written, exists (without `replace`) or the database is damaged,
-    and `StoreFullError` if the disk of the target is full; then nothing is left behind.
+    Raises `PersistenceError` if the target can't be written (see `check_target`), exists (without `replace`) or the
+    database is damaged, and `StoreFullError` if the disk of the target is full; then nothing is left behind.
     """
     if connection.in_transaction:
         raise ValueError("commit first: inside of a transaction there is nothing that could be copied")
-    check_target(target, replace=replace)
+    source = database_path(connection)
+    check_target(target, source, replace=replace)
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial")
     except OSError as error:
@@ -302,6 +309,7 @@ def back_up(
         _finish_copy(partial, target)
         accompany(partial)
         size = partial.stat().st_size
+        check_target(target, source, replace=replace)
         _publish(partial, target, replace=replace)
     finally:
         for left in (partial, Path(f"{partial}-wal"), Path(f"{partial}-shm"), Path(f"{partial}-journal")):
@@ -309,13 +317,38 @@ def back_up(
     return size
 
 
-def check_target(target: Path, *, replace: bool) -> None:
-    """Raises `PersistenceError` if a backup can't be written to `target`, as far as one sees before."""
-    if not target.parent.is_dir():
-        raise PersistenceError(f"{target} can't be written: there is no folder {target.parent}")
-    if target.is_dir():
+def check_target(target: Path, source: str, *, replace: bool) -> None:
+    """Raises `PersistenceError` if a backup of the database at `source` can't be written to `target`, as far as one
+    sees before. With `replace` too: only a file is replaced, none of the database's own under whatever name, and none
+    that another database uses."""
+    found: os.stat_result | None = None
+    try:
+        if not target.parent.is_dir():
+            raise PersistenceError(f"{target} can't be written: there is no folder {target.parent}")
+        with contextlib.suppress(FileNotFoundError):
+            found = target.stat()
+    except OSError as error:
+        raise PersistenceError(f"{target} can't be written: {error.strerror}") from error
+    except ValueError as error:
+        raise PersistenceError(f"{str(target)!r} is not the name of a file: {error}") from error
+    if found is not None and stat.S_ISDIR(found.st_mode):
         raise PersistenceError(f"{target} is a folder; name a file in it")
-    if target.exists() and not replace:
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "no file")
+        raise PersistenceError(f"{target} is {kind}; nothing was changed: choose another name")
+    real = os.path.realpath(target)
+    for own in (source, *(source + added for added in _ALONGSIDE)) if source != MEMORY else ():
+        if real == os.path.realpath(own) or (found is not None and _file_id(Path(own)) == (found.st_dev, found.st_ino)):
+            what = "the database itself" if own == source else f"{own}, a file of the database itself"
+            raise PersistenceError(f"{target} is {what}; nothing was changed: choose another name")
+    for added in ("-wal", "-journal", "-mark"):
+        with contextlib.suppress(OSError):
+            if os.stat(real + added).st_size > 0:
+                raise PersistenceError(
+                    f"beside {target} lies {real}{added}, so another database is there, or was; nothing was changed: "
+                    "choose another name"
+                )
+    if os.path.lexists(target) and not replace:
         raise _exists(target)
 
 
@@ -326,10 +359,15 @@ def put_back(backup: Path, database: Path, prepare: Callable[[sqlite3.Connection
     Raises `PersistenceError` if the backup is no sound database of ours; nothing is changed then.
     """
     if not backup.is_file():
-        raise PersistenceError(f"there is no file {backup}")
+        raise PersistenceError(f"{backup} is not a file" if backup.exists() else f"there is no file {backup}")
+    log = Path(f"{backup}-wal")
+    if log.exists() and not log.is_file():
+        raise PersistenceError(f"{log} is not a file; nothing was changed: move it away, it is no log of a backup")
     if database.exists() and backup.samefile(database):
         raise PersistenceError(f"{backup} is the database itself; name a backup of it")
     fresh = database.with_name(f".{database.name}.restoring")
+    if fresh.exists() and backup.samefile(fresh):
+        raise PersistenceError(f"{backup} is what a restore that was interrupted left half done; name a backup")
     for left in (fresh, Path(f"{fresh}-wal")):
         left.unlink(missing_ok=True)
     try:
@@ -544,9 +582,12 @@ def _refuse_a_loss(path: Path) -> None:
             in_file = None
         last = in_log or in_file
         if in_file and in_log and in_file.own not in in_log:
+            moved = shlex.quote(str(_dated(path, ".moved-")))
             raise PersistenceError(
-                f"the log {log} belongs to another file than {path}; together they would be damaged, and nothing was "
-                f"changed: put the file back that belongs to the log, or {restore}, or move the log away"
+                f"the log {log} belongs to another file than {path}, which was replaced (by a copy or a backup); "
+                "together they would be damaged, and nothing was changed: put the file back that belongs to the log; "
+                f"or {restore}; or go on with the file that is there, without what is in the log: "
+                f"`mv {shlex.quote(str(path))} {moved} && prunus broker restore {moved}`"
             )
         if last and noted and noted.own not in last:
             raise PersistenceError(

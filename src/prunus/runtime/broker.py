@@ -88,6 +88,9 @@ MEASURED_S = 0.02
 """... but after so long; what was written meanwhile counts."""
 COPIES = 2
 """What is written needs its size so many times: in the write-ahead log and in the tables."""
+BLOB_SPARES_BYTES = 8 * 1024 * 1024
+"""A blob that would leave less than this above `LOW_SPACE_BYTES` is refused. So the pieces of one, which come a few MiB
+at a time, do not make the broker refuse the work of others."""
 FULL_PAUSE_S = 2.0
 """For so long nothing is changed after SQLite found no space; then it is tried again."""
 STARTING_PAUSE_S = 0.5
@@ -143,6 +146,11 @@ class DiskGuard:
         """Whether new work would be refused, if `size` bytes come."""
         return self._free(now) < LOW_SPACE_BYTES + COPIES * size
 
+    def takes_blob(self, size: int) -> bool:
+        """Whether `size` bytes more of a blob leave enough for all other work. Looks at the disk: an upload that was
+        dropped a moment ago has given its space back."""
+        return self._measure() >= LOW_SPACE_BYTES + BLOB_SPARES_BYTES + size
+
     def room_for(self, size: int, now: float) -> Space:
         """What there is room for, if `size` bytes come. Gives up the ballast at once when space is low."""
         free = self._free(now)
@@ -184,9 +192,12 @@ class DiskGuard:
 
     def _free(self, now: float) -> int:
         if self._measured < PLENTY_BYTES or now >= self._measured_until_s:
-            status = os.statvfs(self._folder)
-            self._measured, self._measured_until_s = status.f_bavail * status.f_frsize, now + MEASURED_S
+            self._measured, self._measured_until_s = self._measure(), now + MEASURED_S
         return self._measured
+
+    def _measure(self) -> int:
+        status = os.statvfs(self._folder)
+        return status.f_bavail * status.f_frsize
 
     def _keep_ballast(self) -> None:
         if self._ballast.exists():
@@ -230,7 +241,7 @@ class Broker:
             with _the_disk_may_fail():
                 self._store = ProcessStore(self._connection)
             self._store.max_crashes = max_crashes
-            blobs = BlobStore(database.with_name("blobs"), boottime())
+            blobs = BlobStore(database.with_name("blobs"), boottime(), self._full_with_blob)
             self._upkeep = Upkeep(self._connection, blobs)
             tasks = TasksOf(lambda: self.exchange)
             self._service = ProcessService(self._store, self._statistics, upkeep=self._upkeep, tasks=tasks)
@@ -242,7 +253,6 @@ class Broker:
                 now=boottime(),
                 lease_s=lease_s,
                 before_batch=self._make_room,
-                full_with=self._full_with,
             )
         except BaseException:
             self._connection.close()
@@ -276,8 +286,7 @@ class Broker:
             self._forget_dead(now)
             with _the_disk_may_fail():
                 self._forget_ended(now)
-        if not self._upkeep.is_copying:  # what a backup refers to is there until it has its own
-            self.exchange.sweep_blobs(now)
+        self.exchange.sweep_blobs(now, keep_finished=self._upkeep.is_copying)  # a backup has to copy them yet
 
     def close(self) -> None:
         """Leave the disk tidy. A broker that is killed leaves it as safe, but with a log to read."""
@@ -323,8 +332,8 @@ class Broker:
             self._empty_log(now, SCARCE_WAL_LIMIT_BYTES, shrink=True)
         self._admit(self._guard.room_for(size, now))
 
-    def _full_with(self, size: int) -> str | None:
-        return None if self._guard.room_for(size, boottime()) is Space.NEW_WORK else str(self._database)
+    def _full_with_blob(self, size: int) -> str | None:
+        return None if self._guard.takes_blob(size) else str(self._database)
 
     def _empty_log(self, now: float, limit: int, *, shrink: bool) -> None:
         if (log_file_bytes if shrink else wal_bytes)(self._database) > limit:
@@ -381,10 +390,11 @@ class Broker:
             put(tasks[begin : begin + RECONCILED_AT_ONCE])
 
     def _statistics(self) -> dict[str, Any]:
+        full = self._guard.room_for(0, boottime()) is not Space.NEW_WORK
         size = self._database.stat().st_size + wal_bytes(self._database)
         counts: dict[str, Any] = msgspec.to_builtins(self.exchange.statistics())
         about = {"pid": os.getpid(), "version": prunus.__version__}
-        return {**counts, "database_bytes": size, "disk_full": self._full_with(0) is not None, **about}
+        return {**counts, "database_bytes": size, "disk_full": full, **about}
 
 
 def _say(found: Sequence[Finding]) -> None:

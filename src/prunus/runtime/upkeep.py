@@ -13,10 +13,11 @@ import logging
 import os
 import shutil
 import sqlite3
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import assert_never
 from urllib.parse import quote
@@ -58,6 +59,10 @@ CHECKED_WHILE_SERVING_BYTES = 512 * 1024 * 1024
 """A larger database is not checked while it serves: the broker would stand still for more than about half a second."""
 RESTORED_EPOCHS = 1_000_000
 """By so much epochs rise with a restored backup: none that was given after it was made is given again."""
+
+_OWN_FILES = ("config.yaml", ".gitignore", "ballast")
+_OWN_FOLDERS = ("blobs", "keys", "logs", "run")
+"""Of a profile, beside its database and whatever has a name that begins like that of the database."""
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +263,7 @@ class Upkeep:
         target = Path(request.file)
         if not target.is_absolute():
             raise PersistenceError(f"{target} is no absolute path; the broker does not know your folder")
-        database.check_target(target, replace=request.replace)
+        _check_target(target, self._path, replace=request.replace)
         [pages] = self._connection.execute("PRAGMA page_count").fetchone()
         self._leave_space(target, pages * space_of(self._connection).page_bytes)
         self._copy = _Copy(self._connection, self._blobs, request, self._leave_space)
@@ -266,8 +271,11 @@ class Upkeep:
 
     def _leave_space(self, target: Path, size: int) -> None:
         """The disk of the database must not run full of its backups."""
-        status = os.statvfs(target.parent)
-        spare = SPARE_BYTES if target.parent.stat().st_dev == self._path.stat().st_dev else 0
+        try:
+            status = os.statvfs(target.parent)
+            spare = SPARE_BYTES if target.parent.stat().st_dev == self._path.stat().st_dev else 0
+        except OSError as error:
+            raise PersistenceError(f"{target} can't be written: {error.strerror}") from error
         if status.f_bavail * status.f_frsize < size + spare:
             raise StoreFullError(str(target))
 
@@ -313,6 +321,7 @@ def space_of(connection: sqlite3.Connection) -> Space:
 
 def back_up(profile: Profile, target: Path, *, replace: bool, progress: Callable[[int, int], None]) -> int:
     """Copy the database of a profile that has no broker; the size of the copy in bytes."""
+    _check_target(target, profile.database, replace=replace)
     with _alone(profile), closing(_open(profile)) as connection:
         blobs = BlobStore(profile.blobs, time.monotonic())
         return _back_up(connection, blobs, target, replace, progress, lambda size: None)
@@ -369,6 +378,8 @@ def _back_up(
 ) -> int:
     """Copy the database, and the blobs that the copied tasks refer to: these are there when the file appears. The size
     of the file. `each_chunk` is told how many bytes come next, and ends it by raising."""
+    source = Path(database.database_path(connection))
+    _check_target(target, source, replace=replace)
     folder = blobs_of_backup(target)
     was_there = folder.exists()
     needed: list[str] = []
@@ -376,6 +387,7 @@ def _back_up(
     def copy_blobs(copy: Path) -> None:
         with closing(sqlite3.connect(f"file:{quote(os.fspath(copy))}?mode=ro&immutable=1", uri=True)) as copied:
             needed.extend(digest for digest, _ in needed_blobs(copied))
+        _check_target(target, source, replace=replace)
         if blobs is not None and needed:
             folder.mkdir(mode=0o700, exist_ok=True)
             _copy_blobs(blobs, BlobStore(folder, time.monotonic()), needed, each_chunk)
@@ -389,6 +401,68 @@ def _back_up(
     if was_there:
         BlobStore(folder, time.monotonic()).keep_only(needed)
     return size
+
+
+def _check_target(target: Path, source: Path, *, replace: bool) -> None:
+    """Raises `PersistenceError` if a backup of the database `source` can't be written to `target`, or if it would take
+    the place of something of the profile's own.
+
+    That are its folders `_OWN_FOLDERS` with all that is in them, its `_OWN_FILES`, and in its folder every name that
+    begins like that of its database; links to them, and other names of the same files. Also the folder with the blobs
+    of a backup has to be a folder, and no link.
+    """
+    if "\0" in str(target):
+        raise PersistenceError(f"{str(target)!r} is not the name of a file; choose another one")
+    profile = source.parent
+    home = _id_of(profile)
+    own_folders = {id for name in _OWN_FOLDERS if (id := _id_of(profile / name)) is not None}
+
+    def is_own(name: str) -> bool:
+        return name in (*_OWN_FILES, *_OWN_FOLDERS) or name.removeprefix(".").startswith(source.name)
+
+    def is_inside(path: Path) -> bool:
+        """Whether it is a place of the profile's own, whether anything is there or not."""
+        return any(
+            _id_of(place) in own_folders or (is_own(place.name) and _id_of(place.parent) == home)
+            for place in (path, *path.parents)
+        )
+
+    def files() -> Iterator[Path]:
+        with suppress(OSError):
+            yield from (path for path in profile.iterdir() if is_own(path.name))
+        for name in ("keys", "logs", "run"):  # (there may be very many blobs, each with the one name)
+            with suppress(OSError):
+                yield from (profile / name).iterdir()
+
+    places = {Path(os.path.realpath(target.parent)) / target.name, Path(os.path.realpath(target))}
+    found = _id_of(target)
+    if any(map(is_inside, places)) or (found is not None and found in map(_id_of, files())):
+        raise PersistenceError(
+            f"{target} is, or would be, a file of the profile {profile} itself; nothing was changed: choose a name "
+            f"outside of it, or one in a folder of your own there (not {', '.join(_OWN_FOLDERS)})"
+        )
+    database.check_target(target, str(source), replace=replace)
+    folder = blobs_of_backup(target)
+    try:
+        status = folder.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise PersistenceError(f"{folder} can't be written: {error.strerror}") from error
+    if not stat.S_ISDIR(status.st_mode) or is_inside(folder) or _id_of(folder) == home:
+        raise PersistenceError(
+            f"{folder}, where the bodies of large tasks would go, is not a folder of a backup; nothing was changed: "
+            "move it away, or choose another name for the backup"
+        )
+
+
+def _id_of(path: Path) -> tuple[int, int] | None:
+    """Which file it is, or leads to: device and inode; None: there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _copy_blobs(

@@ -15,7 +15,8 @@
 
 `connect` is an async function: each call is a new peer of one broker, which is empty when a test begins. The service
 behind that broker behaves as `ContractService` does. A test knows no more of them than `Communicator` says; what
-differs from one implementation to another is stated as attributes of the class.
+differs from one implementation to another is stated as attributes of the class. There may be one more fixture,
+`take_for_dead`: without it the test that needs it is skipped.
 
 Needs pytest and pytest-asyncio (``asyncio_mode = "auto"``). What never comes shows as a test that never ends:
 pytest-timeout ends it.
@@ -67,6 +68,7 @@ from prunus.messaging.exchange import NewTask, Served
 from prunus.messaging.inventory import QueueLimits
 
 Connect = Callable[[], Awaitable[Communicator]]
+TakeForDead = Callable[[Communicator], Awaitable[None]]
 SHORT_S = 0.05
 """The time-out of questions that are not meant to be answered."""
 
@@ -117,6 +119,10 @@ class ContractService:
                 raise InvalidStateError("finished", "waiting")
             case _:
                 raise ZeroDivisionError("broken")
+
+
+class EndOfProgramError(BaseException):
+    """As `SystemExit`, but the program goes on."""
 
 
 class Inbox:
@@ -177,6 +183,12 @@ class CommunicatorContract:
     @pytest.fixture
     async def connect(self) -> Connect:
         raise NotImplementedError("give your subclass a fixture `connect`")
+
+    @pytest.fixture
+    async def take_for_dead(self) -> TakeForDead:
+        """An async function that has the broker believe that a peer of `connect` is gone, though it is not: others get
+        its tasks, and it learns that with its next word."""
+        pytest.skip("there is no fixture `take_for_dead`")
 
     # --- tasks ---
 
@@ -265,6 +277,36 @@ class CommunicatorContract:
         first = await inbox.next()
         inbox.running[first.id].cancel()
         assert (await inbox.next()).id == first.id
+
+    async def test_the_end_of_a_program_is_not_the_end_of_its_task(self, connect: Connect) -> None:
+        """What is no `Exception`, as `SystemExit`, gives the task back; who asked a question gets it as an error."""
+        sender, worker = await connect(), await connect()
+        attempts: list[int] = []
+
+        async def work(task: IncomingTask) -> bytes:
+            attempts.append(task.attempt)
+            if task.attempt == 1:
+                raise EndOfProgramError("enough")
+            return b"done"
+
+        def work_in_a_thread(task: IncomingTask) -> bytes:
+            attempts.append(task.attempt)
+            if task.attempt == 1:
+                raise EndOfProgramError("enough")
+            return b"done"
+
+        async def answer(question: bytes) -> bytes:
+            raise EndOfProgramError("enough")
+
+        await worker.add_task_subscriber(work, queue="async")
+        await worker.add_task_subscriber(work_in_a_thread, queue="plain")
+        for queue in ("async", "plain"):
+            receipt = await sender.task_send(b"", queue=queue, want_result=True)
+            assert await receipt.result() == b"done"
+        assert attempts == [1, 2, 1, 2]
+        await worker.add_rpc_subscriber(answer, "name")
+        with pytest.raises(RemoteError, match="enough"):
+            await sender.rpc_send("name", b"")
 
     async def test_credit_is_never_exceeded(self, connect: Connect) -> None:
         """A subscriber holds at most as many tasks as it gave credit for, and gets the next when it settles one."""
@@ -675,9 +717,39 @@ class CommunicatorContract:
                 raise ZeroDivisionError
         task = await worker.next_task()
         assert task.attempt == 2
-        await worker.close()
+        with pytest.raises(ZeroDivisionError):  # noqa: PT012 (what is closed can't give it back: that hides nothing)
+            async with task:
+                await worker.close()
+                raise ZeroDivisionError
         async with await other.next_task() as again:
             assert (again.id, again.body) == (task.id, b"1")
+
+    async def test_who_lost_a_fetched_task_is_told(self, connect: Connect, take_for_dead: TakeForDead) -> None:
+        """What is said of it does not count, and that never looks like a success: `TaskRejectedError`, however often it
+        is said, also at the end of a block, but not instead of the block's own error. To give it back is harmless."""
+        sender, worker, other = await connect(), await connect(), await connect()
+        receipts = [await sender.task_send(b"", want_result=True) for _ in range(5)]
+        one, two, three, four, five = [await worker.next_task() for _ in receipts]
+        await take_for_dead(worker)
+        taken = [await other.next_task() for _ in receipts]
+        assert {task.id for task in taken} == {receipt.id for receipt in receipts}
+        for _ in range(2):
+            with pytest.raises(TaskRejectedError, match=one.id):
+                await one.acknowledge(b"stale")
+        with pytest.raises(TaskRejectedError, match=two.id):
+            await two.fail(ValueError("stale"))
+        await three.reject()
+        with pytest.raises(TaskRejectedError, match=four.id):
+            async with four:
+                pass
+        with pytest.raises(ZeroDivisionError):
+            async with five:
+                raise ZeroDivisionError
+        async with one:
+            pass  # its receiver was told
+        for task in taken:
+            await task.acknowledge(b"fresh")
+        assert [await receipt.result() for receipt in receipts] == [b"fresh"] * 5
 
     async def test_next_task_of_an_empty_queue(self, connect: Connect) -> None:
         """`TimeoutError`, at once or in time; a task that comes later goes to somebody else."""
@@ -1464,9 +1536,15 @@ class CommunicatorContract:
             await peer.rpc_send("grow", body)
 
     async def test_bodies_are_bytes(self, connect: Connect) -> None:
-        """Anything else is misuse."""
+        """Or what holds some; so are results and answers. Anything else is misuse."""
+        peer = await connect()
         with pytest.raises(TypeError, match="bytes"):
-            await (await connect()).task_send("text")  # type: ignore[arg-type]
+            await peer.task_send("text")  # type: ignore[arg-type]
+        await peer.add_task_subscriber(lambda task: bytearray(b"some"))  # type: ignore[arg-type, return-value]
+        await peer.add_rpc_subscriber(lambda question: memoryview(question), "name")  # type: ignore[arg-type, return-value]
+        receipt = await peer.task_send(bytearray(b"x"), want_result=True)  # type: ignore[arg-type]
+        assert await receipt.result() == b"some"
+        assert await peer.rpc_send("name", memoryview(b"y")) == b"y"  # type: ignore[arg-type]
 
     async def test_sessions_have_names_of_their_own(self, connect: Connect) -> None:
         """No two peers share one."""

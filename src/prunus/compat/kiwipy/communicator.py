@@ -22,6 +22,7 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextvars import ContextVar
+from numbers import Real
 from typing import Any, TypeVar
 
 import kiwipy
@@ -85,23 +86,29 @@ class Subscriber:
 class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy has no types
     """See the module, and `kiwipy.Communicator` for the methods. Made by `connect`; safe to use from any thread."""
 
+    TASK_TIMEOUT = 5.0
+    """Seconds that a call waits for the broker, unless `connect` was told otherwise."""
+
     def __init__(
         self,
         open: Callable[[], Awaitable[PeerCommunicator]],
         *,
         message_exchange: str,
         task_queue: str,
-        task_prefetch_count: int,
+        task_prefetch_count: int | None,
         encoder: Callable[[Any], bytes | str],
         decoder: Callable[[bytes], Any],
-        async_task_timeout: float,
+        async_task_timeout: float | None,
         testing_mode: bool = False,
     ) -> None:
         """`open` connects; what it raises is raised here, an error of ours as the one that kiwipy has for it."""
         self._os_pid = os.getpid()
         self._default_queue = PrunusTaskQueue(self, task_queue, task_prefetch_count)
-        self._exchange = message_exchange
+        self._exchange = wire.checked_exchange(message_exchange)
+        _check_codec("encoder", encoder)
+        _check_codec("decoder", decoder)
         self._encoder, self.decode = encoder, decoder
+        check_timeout(async_task_timeout)
         self.timeout_s = async_task_timeout
         self._testing = testing_mode
         self._closed = self._closing = False
@@ -175,11 +182,13 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
     @property
     def server_properties(self) -> dict[str, Any]:
         """What the broker is: `product`, `version` and `platform`, as kiwipy has them of RabbitMQ."""
+        self._check_open()
         runs_on = f"{platform.python_implementation()} {platform.python_version()}"
         return {"product": "Prunus", "version": prunus.__version__, "platform": runs_on}
 
     def loop(self) -> asyncio.AbstractEventLoop:
         """The event loop of this communicator."""
+        self._check_open()
         return self._loop
 
     # --- questions ---
@@ -211,7 +220,9 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
         self._check_open()
         self._default_queue.remove_task_subscriber(identifier)
 
-    def task_queue(self, queue_name: str, prefetch_size: int = 0, prefetch_count: int = 0) -> PrunusTaskQueue:
+    def task_queue(
+        self, queue_name: str, prefetch_size: int | None = 0, prefetch_count: int | None = 0
+    ) -> PrunusTaskQueue:
         """A queue by its name; it costs nothing to ask for one often. `prefetch_count` tasks are in hand at most."""
         self._check_open()
         check_prefetch_size(prefetch_size)
@@ -248,7 +259,7 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
         """
         self._check_open()
         self._check_thread()
-        limit_s = None if timeout_s is None else self.timeout_s + timeout_s
+        limit_s = None if timeout_s is None or self.timeout_s is None else self.timeout_s + timeout_s
         try:
             return self._face.wait_for(lambda: asyncio.wait_for(make(), limit_s))
         except TimeoutError:
@@ -495,7 +506,7 @@ class PrunusCommunicator(kiwipy.Communicator):  # type: ignore[misc]  # kiwipy h
 
     async def _before_close(self, wait: bool) -> None:
         with contextlib.suppress(PrunusError, TimeoutError):  # no broker: nobody there needs to hear of it
-            async with asyncio.timeout(self.timeout_s):
+            async with asyncio.timeout(self.TASK_TIMEOUT if self.timeout_s is None else self.timeout_s):
                 if wait and self._running:
                     await asyncio.wait(self._running)
                     await self.communicator.call(())  # what they came to is said before the goodbye
@@ -527,7 +538,7 @@ def translated(error: PrunusError) -> Exception:
             return kiwipy.DuplicateSubscriberIdentifier(  # type: ignore[no-any-return]
                 f"there is a subscriber {wire.spoken(identifier)} already"
             )
-        case IndeterminateError(key=key):
+        case IndeterminateError(key=key, reason=None):
             return kiwipy.DeliveryFailed(  # type: ignore[no-any-return]
                 f"no answer came for {wire.spoken(key)}: it may or may not have happened"
             )
@@ -539,9 +550,26 @@ def translated(error: PrunusError) -> Exception:
             return error
 
 
-def check_prefetch_size(size: int) -> None:
+def check_prefetch_size(size: int | None) -> None:
     if size:
         raise ValueError("there is no prefetch_size (nor has RabbitMQ one); limit the number with prefetch_count")
+
+
+def check_timeout(timeout_s: float | None) -> None:
+    if timeout_s is None:
+        return
+    if not isinstance(timeout_s, Real):
+        raise TypeError(f"async_task_timeout is a number of seconds, or None for no bound, not {timeout_s!r:.100}")
+    if not 0 < timeout_s <= threading.TIMEOUT_MAX:
+        raise ValueError(
+            f"async_task_timeout is above 0 and at most {threading.TIMEOUT_MAX:g} seconds, not {timeout_s}; None is no "
+            "bound"
+        )
+
+
+def _check_codec(option: str, function: Callable[..., Any]) -> None:
+    if not callable(function):
+        raise TypeError(f"{option} is a function, not {function!r:.100}; leave it out for plain data")
 
 
 def _remote_exception(reply: wire.Reply) -> Exception:

@@ -34,8 +34,10 @@ class PrunusTaskQueue:
     """A queue by its name. Made by `PrunusCommunicator.task_queue`; a context manager, though nothing needs to be
     closed: what it holds is its subscribers."""
 
-    def __init__(self, communicator: PrunusCommunicator, name: str, prefetch_count: int = 0) -> None:
-        if prefetch_count < 0:
+    def __init__(self, communicator: PrunusCommunicator, name: str, prefetch_count: int | None = 0) -> None:
+        if prefetch_count is not None and not isinstance(prefetch_count, int):
+            raise TypeError(f"a prefetch_count is a whole number, not {prefetch_count!r:.100}")
+        if prefetch_count is not None and prefetch_count < 0:
             raise ValueError(f"a prefetch_count is 0 (no limit) or more, not {prefetch_count}")
         self.name = name
         self._communicator = communicator
@@ -116,12 +118,13 @@ class PrunusTaskQueue:
         try:
             envelope, body = self._decoded(taken)
         except _UnreadableError as unreadable:
-            if unreadable.reply is None:
-                await taken.reject(str(unreadable))
-            else:
-                await taken.acknowledge(unreadable.reply)
+            with contextlib.suppress(TaskRejectedError):  # others have it by now, and find the same
+                if unreadable.reply is None:
+                    await taken.reject(str(unreadable))
+                else:
+                    await taken.acknowledge(unreadable.reply)
             raise ValueError(str(unreadable)) from unreadable.__cause__
-        return PrunusIncomingTask(self._communicator, taken, envelope, body)
+        return PrunusIncomingTask(self._communicator, self.name, taken, envelope, body)
 
     async def _add(self, function: Callable[..., Any], identifier: Any) -> Any:
         from prunus.compat.kiwipy.communicator import Subscriber
@@ -200,8 +203,10 @@ class PrunusTaskQueue:
 class PrunusIncomingTask:
     """A task that was fetched: nobody else has it until it is processed, put back, or this communicator is gone."""
 
-    def __init__(self, communicator: PrunusCommunicator, taken: TakenTask, envelope: wire.Envelope, body: Any) -> None:
-        self._communicator = communicator
+    def __init__(
+        self, communicator: PrunusCommunicator, queue: str, taken: TakenTask, envelope: wire.Envelope, body: Any
+    ) -> None:
+        self._communicator, self._queue = communicator, queue
         self._taken = taken
         self._envelope = envelope
         self.body = body
@@ -218,7 +223,7 @@ class PrunusIncomingTask:
 
     @property
     def state(self) -> str:
-        """pending, processing, finished or requeued"""
+        """pending, processing, finished or requeued; the last also if it was lost, and so not finished here."""
         return self._state
 
     def process(self) -> kiwipy.Future:
@@ -309,7 +314,17 @@ class PrunusIncomingTask:
             try:
                 await self._taken.acknowledge(reply)
             except PrunusError as error:
-                logger.warning("a processed task can't be acknowledged any more; it may be done again", exc_info=error)
+                if isinstance(error, TaskRejectedError):  # it is somebody else's
+                    with self._lock:
+                        self._state = "requeued"
+                logger.warning(
+                    "the task %s of the queue %r was processed, but can't be acknowledged any more, so it may be done "
+                    "again: %s",
+                    self._taken.id,
+                    self._queue,
+                    error,
+                    extra={"task": self._taken.id, "queue": self._queue},
+                )
             finally:
                 settled.set_result(None)
 

@@ -2,7 +2,8 @@
 
 kiwipy's users share a broker with Prunus's own processes, and with each other by `exchange` and queue. So every name
 on the wire begins with ``kiwipy``, and holds the exchange. Senders and subjects may be missing, and may be anything;
-there they are ``-`` or ``=`` and a text, the value itself is in the body.
+there they are ``-`` or ``=`` and a text, the value itself is in the body. Identifiers, exchanges and queues are said as
+they are, so they must be what UTF-8 can say.
 
 A `kiwipy.BroadcastFilter` is asked for each broadcast that arrives, so it always decides. As far as its filters can be
 said as patterns of ours, the broker is told them too, and does not send what nobody wants.
@@ -86,7 +87,15 @@ def unpack_reply(data: bytes) -> Reply:
 
 
 def queue_name(queue: str) -> str:
-    return f"kiwipy:{queue}"
+    """Raises `ValueError` for one that can't be said."""
+    return f"kiwipy:{_said('name of a queue', queue)}"
+
+
+def checked_exchange(exchange: str) -> str:
+    """Raises `TypeError` for what is no text, `ValueError` for one that can't be said."""
+    if not isinstance(exchange, str):
+        raise TypeError(f"message_exchange is a text, not {exchange!r:.100}")
+    return _said("message_exchange", exchange)
 
 
 def reply_name(session: str) -> str:
@@ -95,7 +104,8 @@ def reply_name(session: str) -> str:
 
 
 def recipient_name(exchange: str, identifier: object) -> str:
-    return f"kiwipy:{quote(exchange)} {identifier}"
+    """Raises `ValueError` for one that can't be said."""
+    return f"kiwipy:{quote(exchange)} {_said('identifier', identifier)}"
 
 
 def spoken(recipient: str) -> str:
@@ -110,7 +120,8 @@ def subject_name(exchange: str, subject: object) -> str:
 
 
 def sender_name(sender: object) -> str:
-    """One that is too long for a name goes to all, as if there were none: whoever gets it looks at the value itself."""
+    """One that is too long for a name, or that UTF-8 can't say, goes to all, as if there were none: whoever gets it
+    looks at the value itself."""
     text = None if sender is None else _quoted(_text(sender))
     return "-" if text is None else f"={text}"
 
@@ -156,13 +167,25 @@ def _pattern_of(expression: str) -> str | None:
         end = part.end()
         parts.append({"[.]": ".", ".*": "#"}.get(part[0]) or part[0][-1].translate(_QUOTED))
     pattern = re.sub("#+", "#", "".join(parts) + "#")
-    return pattern if end == len(expression) and len(pattern) <= MAX_TEXT_CHARS else None
+    return pattern if end == len(expression) and _fits(pattern) else None
 
 
 def _quoted(text: str) -> str | None:
     """As it stands in a name; None for what can't stand there."""
     quoted = text.translate(_QUOTED)
-    return quoted if len(quoted) <= MAX_TEXT_CHARS and speakable(quoted) == quoted else None
+    return quoted if _fits(quoted) else None
+
+
+def _fits(text: str) -> bool:
+    """Whether it can stand in a name."""
+    return len(text) <= MAX_TEXT_CHARS and speakable(text) == text
+
+
+def _said(what: str, value: object) -> str:
+    text = str(value)
+    if speakable(text) != text:
+        raise ValueError(f"the {what} {text!r:.100} can't be said in UTF-8; give another one, as ascii() makes it")
+    return text
 
 
 def _text(value: object) -> str:

@@ -14,7 +14,7 @@ import click
 from prunus.runtime.cli.connection import errors_told_once, refusal, with_controller
 from prunus.runtime.cli.group import Group, Options
 from prunus.runtime.cli.patience import bar
-from prunus.runtime.cli.values import END_OF_INTEGERS
+from prunus.runtime.cli.values import END_OF_INTEGERS, FiniteRange
 from prunus.runtime.terminals import can_redraw
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def broker() -> None:
 
 
 @broker.command()
-@click.option("--lease", "lease_s", type=click.FloatRange(0.1, 3600), metavar="SECONDS", help="Who is silent for longer loses what it holds (15).")  # fmt: skip  # noqa: E501
+@click.option("--lease", "lease_s", type=FiniteRange(0.1, 3600), metavar="SECONDS", help="Who is silent for longer loses what it holds (15).")  # fmt: skip  # noqa: E501
 @click.pass_obj
 def run(options: Options, lease_s: float | None) -> None:
     """Be the broker of a profile, here in the foreground.
@@ -210,7 +210,8 @@ def backup(options: Options, file: Path, force: bool) -> None:
     """Copy the database to FILE, while everything goes on.
 
     All that was confirmed before is in it. Without a running broker the file is copied directly. Bodies of tasks that
-    are too large for the database go to the folder FILE.blobs.
+    are too large for the database go to the folder FILE.blobs. What is no file, and what the profile has for itself, is
+    never replaced.
     """
     from prunus.runtime import overview, upkeep
 

@@ -114,6 +114,7 @@ def requeue(options: Options, ids: tuple[str, ...], queue: str | None, place: An
         "requeued",
         ids,
         queue,
+        place,
         lambda communicator, some: communicator.requeue(*some, queue=queue, place=place),
     )
 
@@ -131,7 +132,12 @@ def delete(options: Options, ids: tuple[str, ...], queue: str | None, place: Any
     if not ids:
         _confirm(f"Forget all {place or ''} tasks{f' of {queue}' if queue else ''}".replace("  ", " "), yes)
     _edit(
-        options, "deleted", ids, queue, lambda communicator, some: communicator.delete(*some, queue=queue, place=place)
+        options,
+        "deleted",
+        ids,
+        queue,
+        place,
+        lambda communicator, some: communicator.delete(*some, queue=queue, place=place),
     )
 
 
@@ -144,7 +150,14 @@ def delete(options: Options, ids: tuple[str, ...], queue: str | None, place: Any
 def bury(options: Options, ids: tuple[str, ...], queue: str | None, place: Any, everything: bool) -> None:
     """Put tasks that nobody works on to the dead letters."""
     _check_choice(ids, queue, place, everything)
-    _edit(options, "buried", ids, queue, lambda communicator, some: communicator.bury(*some, queue=queue, place=place))
+    _edit(
+        options,
+        "buried",
+        ids,
+        queue,
+        place,
+        lambda communicator, some: communicator.bury(*some, queue=queue, place=place),
+    )
 
 
 @tasks.command()
@@ -157,7 +170,7 @@ def purge(options: Options, queue: str, yes: bool) -> None:
     Tasks that somebody works on stay.
     """
     _confirm(f"Forget every task of {queue}, its dead letters too", yes)
-    _edit(options, "deleted", (), queue, lambda communicator, _: communicator.purge(queue))
+    _edit(options, "deleted", (), queue, None, lambda communicator, _: communicator.purge(queue))
 
 
 # --- parts ------------------------------------------------------------------------------------------
@@ -320,9 +333,11 @@ Change = Callable[["Communicator", tuple[str, ...]], Awaitable[int]]
 """Does something to the tasks with these ids, or to those that options name if there are none; to how many."""
 
 
-def _edit(options: Options, done: str, ids: Sequence[str], queue: str | None, change: Change) -> None:
+def _edit(
+    options: Options, done: str, ids: Sequence[str], queue: str | None, place: TaskPlace | None, change: Change
+) -> None:
     """Do it, and say of each of those that were named to which nothing was done why; then the exit code is 1. Without
-    any, all of `queue`: also that there is no such queue is said."""
+    any, all of `queue` and `place`: how many are left there is said, and also that there is no such queue."""
     from prunus.runtime.display import count, plain
 
     async def work(controller: ProcessController) -> bool:
@@ -332,6 +347,8 @@ def _edit(options: Options, done: str, ids: Sequence[str], queue: str | None, ch
             if not number and queue is not None and (unknown := await _unknown(controller, queue)) is not None:
                 click.echo(unknown, err=True)
             click.echo(f"{done}: {count(number, 'task')}")
+            if (left := await _what_is_left(communicator, done, queue, place or _STAYS[done])) is not None:
+                click.echo(left, err=True)
             return True
         changed, is_well = 0, True
         for task in dict.fromkeys(ids):
@@ -346,6 +363,42 @@ def _edit(options: Options, done: str, ids: Sequence[str], queue: str | None, ch
 
     if not with_controller(options, work):
         sys.exit(1)
+
+
+_STAYS: dict[str, TaskPlace] = {"requeued": "dead", "deleted": "held", "buried": "held"}
+"""Where a task stays to which that can't be done, though it should be to all of a queue."""
+
+
+async def _what_is_left(communicator: Communicator, done: str, queue: str | None, place: TaskPlace) -> str | None:
+    """How many tasks are there to which it could not be `done`, and why; None: none is."""
+    from prunus.messaging.inventory import MAX_LISTED
+    from prunus.runtime.display import word
+
+    match done, place:
+        case _, "held":
+            why = "somebody works on each, and will settle it"
+        case _, "settled":
+            why = "they are done, and kept until their results are fetched"
+        case "requeued", "dead":
+            why = "other tasks with their keys are pending"
+        case "requeued", "ready":
+            why = "they are ready already, for the next who has room"
+        case "requeued", "blocked":
+            why = "they wait already, behind other tasks with their keys"
+        case "buried", "dead":
+            why = "they are dead letters already"
+        case _:  # it can be done to every task there
+            return None
+    found = await communicator.tasks(queue, place=place, limit=MAX_LISTED)
+    more = " or more" if len(found) == MAX_LISTED else ""
+    if (done, place) == ("requeued", "dead"):
+        found = [task for task in found if task.key is not None]  # any other died only now
+    if not found:
+        return None
+    if len(found) == 1:
+        return f"1 was left: {_why_not(done, found[0])}"
+    where = f"--place {place}" if queue is None else f"--queue {word(queue)} --place {place}"
+    return f"{len(found):,}{more} were left: {why}; `prunus tasks list {where}` lists them"
 
 
 def _why_not(done: str, task: TaskInfo | None) -> str:

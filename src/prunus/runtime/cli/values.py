@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,16 @@ END_OF_INTEGERS = 2**63
 """Whole numbers below it fit into messages and into the database."""
 MAX_DIGITS = 1000
 """Python reads no number that is much longer; all that are so long are too large."""
+
+
+class FiniteRange(click.FloatRange):
+    """A number between two others. (`click.FloatRange` takes "nan", which is neither below nor above any.)"""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
 
 
 def read_value_of(what: str, text: str) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prunus.runtime.cli.group import Command, Options
+from prunus.runtime.cli.values import FiniteRange
 
 if TYPE_CHECKING:
     from prunus.messaging.keys import ClientKey
@@ -54,10 +55,10 @@ def read_name(context: click.Context, parameter: click.Parameter, value: str | N
 @click.option("-q", "--queue", "queues", callback=read_queues, multiple=True, metavar="QUEUE", help="Take processes from this queue; several in the order of preference (as the profile says).")  # fmt: skip  # noqa: E501
 @click.option("--slots", type=click.IntRange(1, 100_000), metavar="N", help="How many processes at once (as the profile says).")  # fmt: skip  # noqa: E501
 @click.option("--name", callback=read_name, help="What it is called among the workers.")
-@click.option("--grace", "grace_s", type=click.FloatRange(0, 86_400), metavar="SECONDS", help="What running steps get to end when it stops (as the profile says).")  # fmt: skip  # noqa: E501
+@click.option("--grace", "grace_s", type=FiniteRange(0, 86_400), metavar="SECONDS", help="What running steps get to end when it stops (as the profile says).")  # fmt: skip  # noqa: E501
 @click.option("--until", "ends_at", callback=read_until, metavar="TIME", help="It has to be gone by then: 2h, 18:30 or 2026-10-02T18:30. In a Slurm job its end is known.")  # fmt: skip  # noqa: E501
 @click.option("--until-idle", is_flag=True, help="End when nothing is ready or running any more in its queues.")
-@click.option("--idle-grace", "idle_grace_s", type=click.FloatRange(0, 86_400), metavar="SECONDS", help="How long there has to be nothing (1).")  # fmt: skip  # noqa: E501
+@click.option("--idle-grace", "idle_grace_s", type=FiniteRange(0, 86_400), metavar="SECONDS", help="How long there has to be nothing (1).")  # fmt: skip  # noqa: E501
 @click.pass_obj
 def worker(
     options: Options,
