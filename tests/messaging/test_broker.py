@@ -458,7 +458,19 @@ def test_only_the_holder_settles_and_only_now(bench: Bench) -> None:
     assert not bench.changes()
     assert bench.say("bob", TaskAck(id=9, task="t1", epoch=held.epoch)) == [("bob", Done(id=9))]
     assert [(task.id, task.place) for task in bench.changes().tasks] == [("t1", "")]
-    assert bench.say("bob", TaskAck(id=9, task="t1", epoch=held.epoch)) == [("bob", Done(id=9, stale=True))]
+    again = bench.say("bob", TaskAck(id=9, task="t1", epoch=held.epoch))
+    assert again == [("bob", Done(id=9, stale=True, over=True))]
+
+
+def test_a_task_whose_result_waits_is_over(bench: Bench) -> None:
+    """For who acknowledges it again; a dead letter is not."""
+    sends = bench.say("ann", send(1, want_result=True)) + bench.say("ann", send(2, max_attempts=1))
+    one, two = (held for _, held in bench.deliveries(sends))
+    bench.say("bob", TaskAck(id=1, task="t1", epoch=one.epoch))
+    bench.say("bob", TaskNack(id=2, task="t2", epoch=two.epoch))
+    again = [TaskAck(id=3, task="t1", epoch=one.epoch), TaskAck(id=4, task="t2", epoch=two.epoch)]
+    said = [bench.say("bob", ack) for ack in again]
+    assert said == [[("bob", Done(id=3, stale=True, over=True))], [("bob", Done(id=4, stale=True))]]
 
 
 def test_a_rejected_task_comes_back_slower_and_slower(bench: Bench) -> None:

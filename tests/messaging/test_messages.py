@@ -229,6 +229,8 @@ def test_old_frames_of_clients_are_read_for_ever(frame: str, message: ClientMess
     [
         ("b5019401019090", Welcome(broker_epoch=1)),
         ("b5019709a174a171c0c401000101", TaskDelivery(task="t", queue="q", key=None, body=b"\0", epoch=1, attempt=1)),
+        ("b501950401c300c3", Done(id=1, stale=True, over=True)),
+        ("b501940401c300", Done(id=1, stale=True)),
         ("b50193070291c40162", CallDone(id=2, answers=(b"b",))),
         (
             "b5019909a174a171c0c4000101a161a12a",
@@ -253,8 +255,8 @@ def test_old_frames_of_the_broker_are_read_for_ever(frame: str, message: BrokerM
 
 def test_unknown_fields_at_the_end_are_skipped() -> None:
     """A later version may add fields at the end; this one ignores them."""
-    frame = encode(Done(id=1))[:2] + msgspec.msgpack.encode([4, 1, True, 0, "new"])
-    assert decode_from_broker(frame) == Done(id=1, stale=True)
+    frame = encode(Done(id=1))[:2] + msgspec.msgpack.encode([4, 1, True, 0, True, "new"])
+    assert decode_from_broker(frame) == Done(id=1, stale=True, over=True)
 
 
 @settings(max_examples=400)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from prunus.errors import BusyError, CommunicatorClosedError, IndeterminateError, TaskRejectedError
+from prunus.errors import BusyError, CommunicatorClosedError, TaskRejectedError
 from prunus.messaging import client, deliveries, handover, local
 from prunus.messaging import peer as peer_module
 from prunus.messaging.client import PATIENCE_S
@@ -217,8 +217,10 @@ async def fetched(peer: ByHand) -> Taken:
     return await fetching
 
 
-async def test_nobody_knows_whether_an_acknowledgement_counted() -> None:
-    """The connection broke after it was said, and then the task was somebody else's, or done with by that."""
+@pytest.mark.parametrize("over", [False, True])
+async def test_an_acknowledgement_that_is_said_again(over: bool) -> None:
+    """The connection broke after it was said. If the task is done with by then, that has done it; else it is somebody
+    else's."""
     peer = ByHand()
     task = await fetched(peer)
     settling = asyncio.create_task(task.acknowledge())
@@ -229,10 +231,14 @@ async def test_nobody_knows_whether_an_acknowledgement_counted() -> None:
     peer.step(1.0, Welcome(broker_epoch=1, lost=("t",)))
     [*_, ack] = peer.said()
     assert isinstance(ack, TaskAck)
-    peer.step(1.0, Done(id=ack.id, stale=True))
-    with pytest.raises(IndeterminateError, match="the task t of the queue 'q' may or may not be done with"):
+    peer.step(1.0, Done(id=ack.id, stale=True, over=over))
+    if over:
         await settling
-    with pytest.raises(IndeterminateError):
+        await task.acknowledge()
+        return
+    with pytest.raises(TaskRejectedError, match="somebody else has the task t of the queue 'q' meanwhile"):
+        await settling
+    with pytest.raises(TaskRejectedError):
         await task.acknowledge()
 
 
@@ -246,14 +252,14 @@ async def test_what_a_broker_did_not_take_is_known() -> None:
     peer.step(1.0, HelloNeeded())
     peer.step(1.0, Welcome(broker_epoch=1, lost=("t",)))
     [*_, ack] = peer.said()
-    peer.step(1.0, Done(id=ack.id, stale=True))  # type: ignore[union-attr]
+    peer.step(1.0, Done(id=ack.id, stale=True, over=True))  # type: ignore[union-attr]
     with pytest.raises(TaskRejectedError):
         await settling
 
 
 @pytest.mark.parametrize("broke", [False, True])
 async def test_what_a_handler_came_to_and_does_not_count_is_said(broke: bool, caplog: pytest.LogCaptureFixture) -> None:
-    """With the task and its queue. If nobody knows whether it counts, nothing else is claimed."""
+    """With the task and its queue. One that was said again, and is done with, counted the first time."""
     peer = ByHand()
     subscribing = asyncio.create_task(peer.add_task_subscriber(lambda task: _nothing(), queue="q"))
     await asyncio.sleep(0)
@@ -270,7 +276,7 @@ async def test_what_a_handler_came_to_and_does_not_count_is_said(broke: bool, ca
     if broke:
         peer._core.connect(1.0)
         peer.step(1.0, Welcome(broker_epoch=1))
-    peer.step(1.0, Done(id=ack.id, stale=True))
+    peer.step(1.0, Done(id=ack.id, stale=True, over=True))
     said = "somebody else has the task t of the queue 'q' meanwhile; what its handler came to is dropped"
     assert (said in caplog.text) == (not broke)
     assert not peer._deliveries.settling

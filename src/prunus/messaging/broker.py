@@ -567,7 +567,11 @@ class BrokerCore:
                 task = self._queues.held(session, message.task, message.epoch)
                 if task is not None:
                     self._queues.settle(task, message.outcome)
-                self._send(session, Done(id=message.id, stale=task is None))
+                    self._send(session, Done(id=message.id))
+                else:
+                    there = self._queues.get(message.task)
+                    over = there is None or there.place == "settled"
+                    self._send(session, Done(id=message.id, stale=True, over=over))
             case TaskNack():
                 task = self._queues.held(session, message.task, message.epoch)
                 if task is not None:

@@ -95,8 +95,7 @@ class TakenTask(IncomingTask, Protocol):
 
     What is said first counts; saying more is harmless. But who was silent for longer than its lease, or was taken for
     dead, does not hold its tasks any more: then `acknowledge` and `fail` (and so the end of the block) raise
-    `TaskRejectedError`, each time, and what they were given is dropped. They raise `IndeterminateError` if the
-    connection broke just then, and nobody knows which it was.
+    `TaskRejectedError`, each time, and what they were given is dropped.
     """
 
     async def acknowledge(self, result: bytes | None = None) -> None:

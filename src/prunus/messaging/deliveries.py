@@ -176,10 +176,8 @@ class Deliveries:
         delivery = self.settling.pop(event.id, None)
         if not (isinstance(event.message, Done) and event.message.stale and isinstance(event.request, TaskAck)):
             return None
-        if event.unsure:
-            if delivery is not None:
-                logger.info("nobody knows whether what became of %s here counts", _named(delivery))
-            return IndeterminateError(event.request.task)
+        if event.unsure and event.message.over:
+            return None  # it was said on a connection that broke, and did it
         if delivery is not None:
             logger.warning(
                 "somebody else has %s meanwhile; what its handler came to is dropped",

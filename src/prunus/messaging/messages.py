@@ -416,12 +416,14 @@ class Alive(_FromBroker, frozen=True, tag=3):
 
 
 class Done(_FromBroker, frozen=True, tag=4):
-    """The request is done. `stale`: it was about a task that you do not hold, and changed nothing."""
+    """The request is done. `stale`: it was about a task that you do not hold, and changed nothing; `over`: nobody does,
+    it is done with."""
 
     id: Number
     stale: bool = False
     since: Number = 0
     """Of an `RpcSubscribe`: what to say of the identifier in each `Hello`."""
+    over: bool = False
 
 
 class Refused(_FromBroker, frozen=True, tag=5):

@@ -34,7 +34,6 @@ from prunus.errors import (
     ConnectionLostError,
     Failure,
     ForkedProcessError,
-    IndeterminateError,
     ProtocolError,
     PrunusError,
     TaskRejectedError,
@@ -781,8 +780,6 @@ class Taken:
         self._communicator = communicator
         self._said = False
         """Its receiver has said what becomes of it."""
-        self._refusal: PrunusError | None = None
-        """Why that does not count."""
 
     async def acknowledge(self, result: bytes | None = None) -> None:
         outcome = None if result is None else checked_body(result)
@@ -805,19 +802,11 @@ class Taken:
             await self._settle(lambda id: TaskAck(id=id, task=self.id, epoch=self.epoch, outcome=outcome))
         except TaskRejectedError:
             self._pulled.is_lost = True
-        except IndeterminateError:
-            self._refusal = IndeterminateError(
-                self.id,
-                f"the task {self.id} of the queue {self.queue!r} may or may not be done with: the connection broke "
-                "when that was said, and since then this session does not hold it any more",
-            )
         if self._pulled.is_lost:
-            self._refusal = TaskRejectedError(
+            raise TaskRejectedError(
                 f"somebody else has the task {self.id} of the queue {self.queue!r} meanwhile, because this session was "
                 "silent for longer than its lease or was taken for dead: what it came to here does not count"
             )
-        if self._refusal is not None:
-            raise self._refusal.with_traceback(None)
 
     async def _settle(self, make: Callable[[int], TaskAck | TaskNack]) -> None:
         """Unless it was settled before: give up the place, then the task."""
