@@ -16,12 +16,11 @@ from typing import get_args
 
 import msgspec
 
-from prunus.errors import MessageTooLargeError, ProtocolError, speakable
+from prunus.errors import MessageTooLargeError, speakable
 from prunus.messaging.blobs import is_digest
 from prunus.messaging.communicator import MAX_BODY_BYTES, BlobRef
 from prunus.messaging.inventory import MAX_LISTED, QueueLimits, TaskPlace
 from prunus.messaging.messages import MAX_MOMENT, MAX_NAME_CHARS, MAX_PRIORITY, SessionName
-from prunus.messaging.queues import _check_limits
 
 MAX_TIMEOUT_S = 1e9
 """The longest time-out of a question, some thirty years."""
@@ -141,9 +140,11 @@ def check_limits(limits: QueueLimits) -> None:
         if not is_whole(limits.burst):
             raise ValueError(f"burst is a whole number, not {limits.burst!r:.100}")
         msgspec.convert(msgspec.structs.asdict(limits), QueueLimits)
-        _check_limits(limits)
-    except (msgspec.ValidationError, ValueError, ProtocolError) as error:
-        raise ValueError(f"these are no limits of a queue: {error}") from None
+        wrong = limits.what_is_wrong()
+    except (msgspec.ValidationError, ValueError) as error:
+        wrong = str(error)
+    if wrong is not None:
+        raise ValueError(f"these are no limits of a queue: {wrong}")
 
 
 def checked_resources(resources: Mapping[str, int]) -> tuple[tuple[str, int], ...]:

@@ -8,6 +8,7 @@ more all the same (it takes over whatever was stored), the least important entri
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal, TypeVar
 
@@ -18,6 +19,8 @@ MAX_LISTED = 1000
 
 MAX_STATISTICS_BYTES = 16 * 1024 * 1024
 """Statistics as JSON are not longer; with what a broker adds to them they fit into a message."""
+MAX_BURST = 2_000_000
+"""As many as all tasks that there may be."""
 MAX_HOST_CHARS = 64
 """Of the name of a host. What `liveness` says has less."""
 
@@ -49,6 +52,17 @@ class QueueLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Deliveries at once after a quiet time (with `rate_per_s`)."""
     max_length: int | None = None
     """Tasks that are not dead or settled; more are refused with `BusyError`."""
+
+    def what_is_wrong(self) -> str | None:
+        """Why they make no sense; None if they do."""
+        for name, value in (("concurrency", self.concurrency), ("max_length", self.max_length)):
+            if value is not None and value < 0:
+                return f"{name} is {value}; it must be 0 or more"
+        if self.rate_per_s is not None and not 0 < self.rate_per_s < math.inf:
+            return f"rate_per_s is {self.rate_per_s}; it must be more than 0 (concurrency=0 stops a queue)"
+        if not 1 <= self.burst <= MAX_BURST:
+            return f"burst is {self.burst}; it must be from 1 to {MAX_BURST:,}"
+        return None
 
 
 class TaskInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -619,7 +619,8 @@ class TaskQueues:
 
         A change gives no deliveries away: what its rate allows at once is what it allowed before, up to the new burst.
         Only a queue that had no rate begins with all of its burst."""
-        _check_limits(limits)
+        if (wrong := limits.what_is_wrong()) is not None:
+            raise ProtocolError(wrong)
         if limits != QueueLimits() and len(self._queues) >= MAX_CONFIGURED_QUEUES:
             configured = self.limits()
             if name not in configured and len(configured) >= MAX_CONFIGURED_QUEUES:
@@ -1542,17 +1543,6 @@ def needs_of(resources: Iterable[tuple[str, int]]) -> Needs:
 def dead_letter(task: Task) -> bytes:
     """What those who wait for the result of a dead task are told."""
     return encode(TaskResult(task=task.id, outcome=outcome_of(DeadLetterError(task.id, task.reason or BURIED))))
-
-
-def _check_limits(limits: QueueLimits) -> None:
-    for name in ("concurrency", "max_length"):
-        value = getattr(limits, name)
-        if value is not None and value < 0:
-            raise ProtocolError(f"{name} is {value}; it must be 0 or more")
-    if limits.rate_per_s is not None and not 0 < limits.rate_per_s < math.inf:
-        raise ProtocolError(f"rate_per_s is {limits.rate_per_s}; it must be more than 0 (concurrency=0 stops a queue)")
-    if not 1 <= limits.burst <= MAX_TASKS:
-        raise ProtocolError(f"burst is {limits.burst}; it must be from 1 to {MAX_TASKS:,}")
 
 
 def _bytes_of(name: str) -> int:
