@@ -205,8 +205,8 @@ class Communicator(Protocol):
           it before the handler is called, and then has all of it in memory: so many bodies as its credit allows.
         - `priority` 0 to 9, the highest first; oldest first within one.
         - `key`: at most one task of a `(queue, key)` is pending, and at most one of a key is held. A second pending
-          one *joins* the first (its sender gets that one's result) or *replaces* it, with its place in the queue and
-          its priority.
+          one *joins* the first (its sender gets that one's result; whatever else it says, as its body, its times and
+          its priority, does not count) or *replaces* it, with its place in the queue and its priority.
         - `not_before`, `expires_at` (with a time zone): by the wall clock of the broker. No task expires by itself.
         - `max_attempts`: after so many deliveries that came to nothing it is a dead letter (0: no limit).
         - `resources`: tokens that it takes while it is held (see `configure_resource`).
@@ -294,7 +294,8 @@ class Communicator(Protocol):
         ...
 
     async def purge(self, queue: str) -> int:
-        """Forget every task of a queue that nobody holds, its dead letters too; how many."""
+        """Forget every task of a queue that nobody holds, its dead letters too; how many. Tasks that come after it began
+        stay, unless the broker is killed meanwhile: then it begins anew, and counts only that."""
         ...
 
     async def configure_queue(self, queue: str, limits: QueueLimits) -> None:
