@@ -294,8 +294,8 @@ class Communicator(Protocol):
         ...
 
     async def purge(self, queue: str) -> int:
-        """Forget every task of a queue that nobody holds, its dead letters too; how many. Tasks that come after it began
-        stay, unless the broker is killed meanwhile: then it begins anew, and counts only that."""
+        """Forget every task of a queue that nobody holds, its dead letters too; how many. Tasks that come after it
+        began stay, unless the broker is killed meanwhile: then it begins anew, and counts only that."""
         ...
 
     async def configure_queue(self, queue: str, limits: QueueLimits) -> None:
