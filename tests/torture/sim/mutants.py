@@ -122,6 +122,12 @@ MUTANTS: tuple[Mutant, ...] = (
         seed=35,
         breaks="I7",
     ),
+    _mutant(
+        "results are forgotten with the session",
+        f"{_BROKER}._leave",
+        ("if for_good:\n        self._queues.forget_waits(session)\n", "self._queues.forget_waits(session)\n"),
+        seed=280,
+    ),
     _mutant("epoch reset at restart", f"{_STORE}.next_broker_epoch", ("return int(epoch)", "return 1"), seed=0),
     _mutant(
         "a done task stays in the store",
