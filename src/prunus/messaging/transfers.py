@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -95,6 +96,8 @@ async def download_bytes(get: Get, digest: str) -> bytes:
 
 async def download_file(get: Get, digest: str, path: Path) -> None:
     """Into a file, which appears when it is whole and on the disk; raises as `download`, and `OSError`."""
+    if await anyio.to_thread.run_sync(path.is_dir):  # else that would be said when all of it is here
+        raise IsADirectoryError(errno.EISDIR, "this is a folder; name a file in it", os.fspath(path))
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("xb") as file:

@@ -27,6 +27,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -1495,6 +1496,8 @@ class CommunicatorContract:
         assert ref == BlobRef(hashlib.sha256(body).hexdigest(), len(body))
         await receiver.blob_save(ref, tmp_path / "to")
         assert (tmp_path / "to").read_bytes() == body
+        with pytest.raises(IsADirectoryError, match=f"'{re.escape(str(tmp_path))}'$"):
+            await receiver.blob_save(ref, tmp_path)
         assert sorted(os.listdir(tmp_path)) == ["from", "to"]
 
     async def test_a_large_task_arrives_as_a_blob(self, connect: Connect) -> None:
