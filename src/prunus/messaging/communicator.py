@@ -346,5 +346,5 @@ class Communicator(Protocol):
         ...
 
     async def close(self) -> None:
-        """Leave: subscriptions end, tasks in hand are given back. Idempotent."""
+        """Leave: subscriptions end; tasks in hand are given back, and have had an attempt. Idempotent."""
         ...
