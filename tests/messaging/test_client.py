@@ -155,7 +155,7 @@ def test_hello_comes_first() -> None:
     line = Line()
     line.send(), line.ask()
     [hello] = line.said()
-    assert hello == Hello(session="me", peer=Peer(), seen=1)
+    assert hello == Hello(session="me", peer=Peer(), seen=1, turn=1)
     assert line.up() == [Up(again=False)]
     assert [type(message) for message in line.said()] == [TaskSend, RpcRequest]
 

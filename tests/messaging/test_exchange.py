@@ -912,6 +912,22 @@ def test_a_damaged_body_is_a_dead_letter(path: Path) -> None:
     again.connection.close()
 
 
+def test_what_a_session_said_before_is_not_true_any_more(desk: Desk) -> None:
+    """A `Hello` of a connection that is gone may be read after that of the next one: it changes nothing, the session
+    stays where it is."""
+    desk.hello("first", "ann", turn=1)
+    desk.hello("second", "ann", turn=2)
+    desk.hello("b", "bob", queues=(("default", 1),))
+    said = desk.say(("second", TaskSend(id=1, task="t1", body=b"", want_result=True)))
+    [delivery] = [message for _, message in said if isinstance(message, TaskDelivery)]
+    [told, _] = desk.say(("b", TaskAck(id=1, task="t1", epoch=delivery.epoch, outcome=b"one")))
+    assert told == ("second", TaskResult(task="t1", outcome=b"one"))
+    assert desk.hello("first", "ann", turn=1) == []
+    assert desk.hello("other", "ann", turn=2) == []
+    [_, again] = desk.hello("third", "ann", turn=3, awaited=("t1",))
+    assert again == ("third", told[1])
+
+
 def test_results_that_nobody_reads_take_no_memory(path: Path) -> None:
     """They are on the disk until their sender is there again, also over a restart."""
     number, size = 24, 1024 * 1024

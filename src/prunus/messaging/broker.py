@@ -150,6 +150,9 @@ class Client(msgspec.Struct):
     asked: dict[int, str] = {}
     """The session to which each of its questions went."""
 
+    turn: int = 0
+    """Of its last `Hello` in the life of this broker: what comes from an earlier life comes on no connection."""
+
     def joined(self) -> Iterator[str]:
         """The tasks that stand for some of its own, of which it may not have heard."""
         for frame in self.answers.values():
@@ -335,6 +338,11 @@ class BrokerCore:
             except BusyError as error:
                 return error.with_traceback(None)
         return None
+
+    def is_late(self, hello: Hello) -> bool:
+        """Whether what it says is not true any more: the same session has said a later one."""
+        client = self._clients.get(hello.session)
+        return client is not None and 0 < hello.turn <= client.turn
 
     def tick(self, now: float) -> list[Effect]:
         """Let time pass: leases end, tasks are due or expire, old questions are forgotten."""
@@ -676,6 +684,7 @@ class BrokerCore:
         if client.secret is None:
             client.secret = _digest(hello.secret)
             self._changes.clients[session] = client
+        client.turn = hello.turn
         self._retired.pop(session, None)
         self._departed.pop(session, None)
         known.connected, known.last_heard = True, self._now

@@ -24,6 +24,7 @@ Rules
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -242,6 +243,7 @@ class ClientCore:
         the `endpoint`."""
         self.session = session
         self._endpoint = endpoint
+        self._turns = itertools.count(1)
         self.broker_epoch = 0
         self.round_trip_s = 0.0
         """How long the last heartbeat took to its answer; 0: unknown."""
@@ -529,6 +531,7 @@ class ClientCore:
             secret=self._secret,
             shared=tuple(key for key in self._queues if key in self._shared),
             epoch=self.broker_epoch,
+            turn=next(self._turns),
         )
         self._say(hello)
 

@@ -632,6 +632,8 @@ class Exchange(Generic[Route]):
             if (refusal := self._core.refusal(message)) is not None:
                 self._refuse(now, route, message.session, refusal)
                 return
+            if self._core.is_late(message):
+                return
             if not self._bind(route, message.session, principal):
                 return
         session = self._sessions.get(route)

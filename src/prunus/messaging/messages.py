@@ -123,6 +123,9 @@ class Hello(_FromClient, frozen=True, tag=1):
     """(queue, subject pattern) of each task subscription that is shared."""
     epoch: Number = 0
     """The `broker_epoch` of my last `Welcome`; 0: there was none."""
+    turn: Number = 0
+    """Rises with each that I say. One that comes after a later one, from a connection that is gone, is not listened to;
+    0: I do not count them."""
 
 
 class Heartbeat(_FromClient, frozen=True, tag=2):
