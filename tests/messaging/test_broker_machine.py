@@ -362,6 +362,7 @@ class BrokerMachine(RuleBasedStateMachine):
         if not self._known(peer):
             return
         right = self._holders().get(task) == (peer.session, epoch)
+        over = not right and not nack and (task not in self.rows or self.rows[task].place == "settled")
         self.meant = {task} if right and not nack else set()
         before = self._counts()
         number = peer.next_id()
@@ -371,7 +372,7 @@ class BrokerMachine(RuleBasedStateMachine):
             self._say(peer, TaskAck(id=number, task=task, epoch=epoch))
         if peer.held.get(task) == epoch:
             del peer.held[task]
-        assert Done(id=number, stale=not right) in peer.inbox
+        assert Done(id=number, stale=not right, over=over) in peer.inbox
         if not right:
             assert self._counts() == before, "a late word changes nothing"
 
